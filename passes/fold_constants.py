@@ -1,0 +1,107 @@
+"""Computes once what depends on no input.
+
+Positions, masks, index tables and normalized weights are a seventh of the nodes of real graphs. Nodes whose operands
+are all constants are evaluated and replaced by a buffer where an input-dependent node reads them. Not folded: what
+draws random numbers, writes in place, or would keep a tensor far larger than what it is made from. Bit exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from qgraph.ir.editor import Editor
+from qgraph.ir.evaluate import call_node
+from qgraph.ir.node_info import Refusal, info, tensor_at
+from qgraph.ir.op import OpKind
+from qgraph.ir.op_table import CONSTANT, GUARD
+from qgraph.pipeline import Pass, PassContext, PassResult
+
+_UNKNOWN = object()
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replaces constant subgraphs by buffers.
+
+    Args:
+        largest: a folded tensor with more elements than this is kept as computation if it is over four times as
+            large as what it is computed from.
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    ensures: ClassVar[frozenset[str]] = frozenset({"constants-folded"})
+
+    largest: int = 1 << 22
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        edit = ctx.edit(gm, self)
+        values, refusals = self._evaluate(gm)
+        for node in list(gm.graph.nodes):
+            if node in values and info(node).op is not CONSTANT:
+                self._materialize(node, values, edit)
+        for node in reversed(list(gm.graph.nodes)):
+            if node in values and not node.users:
+                edit.erase(node)
+        return PassResult(gm, edit.changes > 0, refusals=tuple(refusals))
+
+    def _evaluate(self, gm: fx.GraphModule) -> tuple[dict[fx.Node, Any], list[Refusal]]:
+        """Values of all nodes that depend on no input, and what was not folded."""
+        values: dict[fx.Node, Any] = {}
+        refusals: list[Refusal] = []
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                if not info(node).unstable:
+                    values[node] = tensor_at(gm, str(node.target))
+            elif _is_foldable(node) and all(used in values for used in node.all_input_nodes):
+                value = _value(gm, node, values)
+                if value is _UNKNOWN:
+                    continue
+                if self._too_large(value, node, values):
+                    reason = f"the folded tensor would hold {value.numel()} elements"
+                    refusals.append(Refusal(self.name, reason, info(node).site, info(node).source))
+                    continue
+                values[node] = value
+        return values, refusals
+
+    def _too_large(self, value: Any, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+        if not isinstance(value, torch.Tensor) or value.numel() <= self.largest:
+            return False
+        sources = [values[used] for used in node.all_input_nodes]
+        held = sum(source.numel() for source in sources if isinstance(source, torch.Tensor))
+        return value.numel() > 4 * held
+
+    def _materialize(self, node: fx.Node, values: dict[fx.Node, Any], edit: Editor) -> None:
+        """Gives the readers that depend on inputs a buffer instead of the computation."""
+        value = values[node]
+        readers = [user for user in node.users if user not in values]
+        if not readers or not isinstance(value, torch.Tensor):
+            return
+        path = info(node).site.translate(str.maketrans("()[]", "____"))
+        folded = edit.constant(value.detach().clone(), path=path, like=node)
+        edit.annotate(folded, value=info(node).value, origins=info(node).stands_for)
+        for reader in readers:
+            edit.replace_input(reader, node, folded)
+
+
+def _is_foldable(node: fx.Node) -> bool:
+    record = info(node)
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return False
+    return not (record.in_place or record.unstable or record.op is GUARD or record.op.kind is OpKind.STUB)
+
+
+def _value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The node's value; unknown if it is random or not tensors."""
+    state = torch.get_rng_state()
+    args = fx.node.map_arg(node.args, lambda used: values[used])
+    kwargs = fx.node.map_arg(node.kwargs, lambda used: values[used])
+    with torch.no_grad():
+        value = call_node(gm, node, args, kwargs)
+    if not torch.equal(torch.get_rng_state(), state):
+        torch.set_rng_state(state)
+        return _UNKNOWN
+    return value

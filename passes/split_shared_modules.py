@@ -1,0 +1,47 @@
+"""One module per call, the weights still shared.
+
+    conv(x), conv(y)   ->   conv(x), conv(1)(y)       where conv(1).weight is conv.weight
+
+Each call can then be fused with what follows it and gets an activation site of its own; the weight remains one site,
+because it remains one tensor. Bit exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from qgraph.ir.node_info import info
+from qgraph.nn import clone_module
+from qgraph.pipeline import Pass, PassContext, PassResult
+from passes.detect_shared_modules import find_shared_modules
+
+
+@dataclass(frozen=True)
+class SplitSharedModules(Pass):
+    """Gives the second and further calls of a module clones that hold the same tensors.
+
+    Args:
+        only: paths of the modules to split; all shared ones if empty.
+    """
+
+    name: ClassVar[str] = "split-shared-modules"
+    ensures: ClassVar[frozenset[str]] = frozenset({"modules-split"})
+
+    only: tuple[str, ...] = ()
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        edit = ctx.edit(gm, self)
+        notes = []
+        for shared in find_shared_modules(gm):
+            if self.only and shared.path not in self.only:
+                continue
+            calls = gm.graph.find_nodes(op="call_module", target=shared.path)
+            for node in list(calls)[1:]:
+                path = edit.free_path(info(node).site)
+                edit.set_module(path, clone_module(gm.get_submodule(shared.path)))
+                edit.respell(node, "call_module", path, node.args, node.kwargs)
+            notes.append(f"split {shared}")
+        return PassResult(gm, edit.changes > 0, tuple(notes))

@@ -1,0 +1,71 @@
+"""Which modules become one node of the graph, and which are looked into.
+
+A leaf is an instance of exactly one of torch's own module classes with its own forward and no hooks, or what the user
+names. Subclasses may compute anything, and hooks and parametrizations change what a class computes: they are traced
+through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from qgraph.errors import UserError, did_you_mean
+
+_CONTAINERS = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+_LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "torch.ao.quantization.", "qgraph.nn.")
+
+
+@dataclass(frozen=True)
+class LeafRule:
+    """Decides leaves.
+
+    Args:
+        classes: further classes whose instances are leaves.
+        paths: module paths that are leaves.
+    """
+
+    classes: tuple[type[nn.Module], ...] = ()
+    paths: frozenset[str] = field(default_factory=frozenset)
+
+    def __call__(self, module: nn.Module, path: str) -> bool:
+        """Whether `module`, registered at `path`, is a leaf."""
+        if path in self.paths or (self.classes and isinstance(module, self.classes)):
+            return True
+        if isinstance(module, torch.jit.ScriptModule):
+            return True
+        kind = type(module)
+        return kind.__module__.startswith(_LEAF_PACKAGES) and not isinstance(module, _CONTAINERS) and _plain(module)
+
+
+def leaf_rule(model: nn.Module, chosen: Iterable[type[nn.Module] | str]) -> LeafRule:
+    """The rule for the user's `leaf_modules`: classes, or paths of the model's modules.
+
+    Raises:
+        UserError: a path names no module of the model.
+    """
+    classes = tuple(entry for entry in chosen if not isinstance(entry, str))
+    paths = frozenset(entry for entry in chosen if isinstance(entry, str))
+    known = {path for path, _ in model.named_modules() if path}
+    for path in sorted(paths - known):
+        raise UserError(f"leaf_modules names {path!r}, which is no module of the model", fix=did_you_mean(path, known))
+    for entry in classes:
+        if not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise UserError(f"leaf_modules holds {entry!r}", fix="give module classes or module paths")
+    return LeafRule(classes, paths)
+
+
+def _plain(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -1,0 +1,106 @@
+"""Stable site names, given while the model runs.
+
+    backbone.conv            the first call of a module
+    backbone.conv(1)         its second call
+    backbone._generated_add_0        the first add in one run of backbone.forward
+    backbone._generated_add_0(1)     the same add when backbone runs again
+    skip[add]                a call of a FloatFunctional's method
+
+Functional names count within one run of the owner's forward, so that they do not depend on how often the owner ran.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from qgraph.capture.taint import storage_key
+
+
+@dataclass
+class Scope:
+    """One running forward: its module path and how often each function was called in it."""
+
+    path: str
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class SiteNames:
+    """Names sites of one capture."""
+
+    scopes: list[Scope] = field(default_factory=lambda: [Scope("")])
+    used: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def owner(self) -> str:
+        """Path of the running module."""
+        return self.scopes[-1].path
+
+    def enter(self, path: str) -> None:
+        """A module's forward begins."""
+        self.scopes.append(Scope(path))
+
+    def leave(self) -> None:
+        """It ends."""
+        self.scopes.pop()
+
+    def module_call(self, path: str) -> str:
+        """Site of a call of the module at `path`."""
+        return self._numbered(path)
+
+    def function_call(self, function: str) -> str:
+        """Site of a functional call in the running forward."""
+        scope = self.scopes[-1]
+        position = scope.calls[function]
+        scope.calls[function] += 1
+        prefix = f"{scope.path}." if scope.path else ""
+        return self._numbered(f"{prefix}_generated_{function}_{position}")
+
+    def method_call(self, path: str, method: str) -> str:
+        """Site of a call of a `FloatFunctional`'s method."""
+        return self._numbered(f"{path}[{method}]")
+
+    def _numbered(self, base: str) -> str:
+        count = self.used[base]
+        self.used[base] += 1
+        return base if count == 0 else f"{base}({count})"
+
+
+def module_paths(root: nn.Module) -> dict[int, str]:
+    """`id(module)` to its first registered path; the root is the empty path."""
+    return {id(module): path for path, module in root.named_modules()}
+
+
+def tensor_paths(root: nn.Module) -> dict[int, str]:
+    """`id(tensor)` to its path, for parameters, buffers and plain tensor attributes; first name wins."""
+    paths: dict[int, str] = {}
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    paths.setdefault(id(tensor), prefix + name)
+    for path, name, tensor in plain_tensors(root):
+        paths.setdefault(id(tensor), f"{path}.{name}" if path else name)
+    return paths
+
+
+def plain_tensors(root: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
+    """Module path, attribute name and value of tensors kept as plain attributes."""
+    return [
+        (path, name, value)
+        for path, module in root.named_modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def state_storages(root: nn.Module) -> dict[int, str]:
+    """Storage identity to path, for every tensor a module holds: a write to one changes the model."""
+    held = [*root.named_parameters(), *root.named_buffers()]
+    held += [(f"{path}.{name}".lstrip("."), tensor) for path, name, tensor in plain_tensors(root)]
+    return {storage_key(tensor): path for path, tensor in reversed(held)}

@@ -1,0 +1,87 @@
+"""Which tensors depend on the inputs, followed below torch's functions, at dispatch.
+
+Taint sticks to storages, so that views and in-place writes carry it. A storage's identity is held by a weak
+reference, which keeps the address from being used again while the capture runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class Taint:
+    """Sets of storages that depend on input values, and of those whose size does."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, StorageWeakRef] = {}
+        self._sizes: dict[int, StorageWeakRef] = {}
+
+    def mark(self, tensor: torch.Tensor, *, size: bool = False) -> None:
+        """`tensor`'s values depend on the inputs; with `size`, its shape does too."""
+        reference = StorageWeakRef(tensor.untyped_storage())
+        self._values[reference.cdata] = reference
+        if size:
+            self._sizes[reference.cdata] = reference
+
+    def depends(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor`'s values depend on the inputs."""
+        return storage_key(tensor) in self._values
+
+    def sized_by_data(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor`'s shape depends on input values."""
+        return storage_key(tensor) in self._sizes
+
+    def propagate(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+        """Carries taint through one dispatched op to what it returns or writes; returns whether any input depends on the model's inputs."""
+        keys = [storage_key(tensor) for tensor in inputs]
+        depends = any(key in self._values for key in keys)
+        if not depends:
+            return False
+        sized = any(key in self._sizes for key in keys) or (
+            torch.Tag.dynamic_output_shape in func.tags and not _index_without_mask(func, inputs)
+        )
+        for tensor in outputs:
+            self.mark(tensor, size=sized and tensor.dim() > 0)
+        return True
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the tensor's storage; 0 where it has none (sparse, functorch wrappers)."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def flat_tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """Tensors among arguments or results, looking into tuples, lists and dicts."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += flat_tensors(value)
+        elif isinstance(value, dict):
+            found += flat_tensors(value.values())
+    return found
+
+
+def _index_without_mask(func: Any, inputs: list[torch.Tensor]) -> bool:
+    # aten.index has a data-dependent size only when it is given a boolean mask.
+    return "index" in func.__name__ and all(tensor.dtype is not torch.bool for tensor in inputs[1:])
+
+
+def written_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors that a dispatched op writes to, by its schema."""
+    if not func._schema.is_mutable:
+        return []
+    written = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        written.append(args[position] if position < len(args) else kwargs.get(argument.name))
+    return flat_tensors(written)

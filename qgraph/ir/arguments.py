@@ -1,0 +1,212 @@
+"""Reading a node's arguments by the operator's own parameter names, whatever spelling the node uses.
+
+    bound = bind(node)
+    bound.operand("input"), bound.option("dim"), bound.module
+
+A canonical node keeps operands positional and gives only options that differ from their default by keyword.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qgraph.errors import InternalError, VerifyError
+from qgraph.ir.node_info import info, module_of, where
+from qgraph.ir.op import Op, Spelling
+from qgraph.ir.op_table import CONSTANT, FIELD, INPUT, ITEM, OPAQUE, OPS, OUTPUT, SLICE
+
+_STRUCTURAL = {"placeholder": INPUT, "get_attr": CONSTANT, "output": OUTPUT}
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """Arguments of one node under the operator's parameter names.
+
+    Args:
+        op: the canonical operator.
+        values: every parameter that has a value, defaults included; operands are nodes, tuples of nodes or numbers.
+        in_place: whether the spelling writes to the first operand.
+        module: the module of a `call_module` node; its tensors are not in `values`.
+    """
+
+    op: Op
+    values: dict[str, Any]
+    in_place: bool = False
+    module: nn.Module | None = None
+
+    def operand(self, name: str) -> Any:
+        """A node, a tuple of nodes, a number, or None where the operand is absent."""
+        return self.values.get(name)
+
+    def option(self, name: str) -> Any:
+        """The value of an option.
+
+        Raises:
+            InternalError: the operator has no such option.
+        """
+        if name not in self.values:
+            raise InternalError(f"operator {self.op} has no option {name!r}")
+        return self.values[name]
+
+    def options(self) -> dict[str, Any]:
+        """Options that differ from the operator's defaults."""
+        return {
+            name: self.values[name]
+            for name in self.op.options
+            if name in self.values and not _same(self.values[name], self.op.default(name))
+        }
+
+    def nodes(self) -> Iterator[tuple[str, fx.Node]]:
+        """Operand name and node, for every operand that is a node."""
+        for name in self.op.operands:
+            value = self.values.get(name)
+            for entry in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(entry, fx.Node):
+                    yield name, entry
+
+
+def classify(kind: str, target: Any, root: nn.Module | None, *, tuple_valued: bool = False) -> Op:
+    """The canonical operator a node means; `OPAQUE` if the table does not know it.
+
+    Args:
+        kind: fx's kind of node, such as `call_module`.
+        target: the node's target.
+        root: the module that holds the target of a `call_module` node.
+        tuple_valued: whether the first argument is a tuple, list or dict rather than a tensor.
+    """
+    if kind in _STRUCTURAL:
+        return _STRUCTURAL[kind]
+    if kind == "call_module":
+        module = None if root is None else root.get_submodule(str(target))
+        op = None if module is None else OPS.module(type(module)) or _stub_like(module)
+        return op or OPAQUE
+    if target is getattr:
+        return FIELD
+    found = OPS.function(target) if kind == "call_function" else OPS.method(str(target))
+    if found is None:
+        return OPAQUE
+    return ITEM if found[0] is SLICE and tuple_valued else found[0]
+
+
+def _stub_like(module: nn.Module) -> Op | None:
+    """Stubs of torch's own quantization package, recognized by name so that it need not be imported."""
+    kind = type(module)
+    if kind.__module__.startswith("torch.ao.quantization") and kind.__name__ in ("QuantStub", "DeQuantStub"):
+        return OPS.named("quant_stub" if kind.__name__ == "QuantStub" else "dequant_stub")
+    return None
+
+
+def bind(node: fx.Node) -> Bound:
+    """The node's arguments under its operator's parameter names.
+
+    Raises:
+        VerifyError: the arguments do not fit the operator's signature.
+    """
+    op = info(node).op
+    if node.op == "call_module":
+        return _bind_module(node, op)
+    if op.target is None and not op.functions and not op.methods:
+        return Bound(op, {})
+    spelling, in_place = _spelling(node, op)
+    names = spelling.names or tuple(op.signature.parameters)
+    args = _packed(list(node.args), names, spelling)
+    if len(args) > len(names):
+        raise VerifyError(f"{op} takes {len(names)} arguments, got {len(args)}", where=where(node))
+    given = dict(zip(names, args, strict=False)) | dict(node.kwargs) | dict(spelling.fixed)
+    given = {name: value for name, value in given.items() if name not in spelling.ignored}
+    if spelling.swapped:
+        first, second = op.operands[:2]
+        given[first], given[second] = given.get(second), given.get(first)
+    return Bound(op, _complete(node, op, given), in_place)
+
+
+def _spelling(node: fx.Node, op: Op) -> tuple[Spelling, bool]:
+    found = OPS.method(str(node.target)) if node.op == "call_method" else OPS.function(node.target)
+    if found is None or found[0] is not op:
+        # An operator the node was told to be, such as `item` for an indexed tuple: its own parameters apply.
+        return Spelling(), False
+    return found[1], found[2]
+
+
+def _packed(args: list[Any], names: tuple[str, ...], spelling: Spelling) -> list[Any]:
+    if spelling.packed is None:
+        return args
+    position = names.index(spelling.packed)
+    rest = args[position:]
+    if not rest or (len(rest) == 1 and isinstance(rest[0], (list, tuple))):
+        return args
+    return [*args[:position], tuple(rest)]
+
+
+def _complete(node: fx.Node, op: Op, given: dict[str, Any]) -> dict[str, Any]:
+    parameters = op.signature.parameters
+    unknown = [name for name in given if name not in parameters]
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if name not in given and parameter.default is inspect.Parameter.empty and not _variadic(parameter)
+    ]
+    if _takes_anything(op):
+        return given
+    if unknown or missing:
+        problem = f"unknown argument {unknown}" if unknown else f"missing argument {missing}"
+        raise VerifyError(f"{op}: {problem}", where=where(node), why=node.format_node() or "")
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name not in given}
+    return {**given, **defaults}
+
+
+def _takes_anything(op: Op) -> bool:
+    return any(_variadic(parameter) for parameter in op.signature.parameters.values())
+
+
+def _variadic(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _bind_module(node: fx.Node, op: Op) -> Bound:
+    module = module_of(node)
+    inputs = [name for name in op.operands if name not in op.parameters]
+    if len(node.args) > len(inputs) and inputs:
+        raise VerifyError(
+            f"{op} as a module takes {len(inputs)} arguments, got {len(node.args)}", where=where(node)
+        )
+    values = dict(zip(inputs, node.args, strict=False)) | dict(node.kwargs)
+    renamed = op.modules.get(type(module), {})
+    for name in op.options:
+        attribute = renamed.get(name, name)
+        default = op.default(name)
+        value = getattr(module, attribute, default)
+        if value is not inspect.Parameter.empty:
+            values[name] = value
+    for name in inputs:
+        values.setdefault(name, None)
+    return Bound(op, values, module=module)
+
+
+def operand_values(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's operands, in order; all input nodes where the operator is unknown."""
+    if info(node).op is OPAQUE:
+        return list(node.all_input_nodes)
+    return [value for _, value in bind(node).nodes()]
+
+
+def weight_of(node: fx.Node) -> torch.Tensor | None:
+    """The weight tensor of a convolution or linear module node; None for functional spellings."""
+    if node.op != "call_module":
+        return None
+    weight = getattr(module_of(node), "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _same(value: object, default: object) -> bool:
+    if value is default:
+        return True
+    if isinstance(value, (tuple, list)) and isinstance(default, int):  # (1, 1) is the option's scalar 1
+        return all(entry == default and isinstance(entry, int) for entry in value)
+    return type(value) is type(default) and bool(value == default)

@@ -1,0 +1,34 @@
+"""Functions that canonical graphs call and torch does not have as pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def set_item(input: torch.Tensor, index: Any, value: torch.Tensor | float) -> torch.Tensor:
+    """A copy of `input` (any shape) with `copy[index] = value`."""
+    result = input.clone()
+    result[index] = value
+    return result
+
+
+def rsqrt_eps(input: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+    """`1 / sqrt(input + eps)` elementwise: the root of a normalization, as one table."""
+    return torch.rsqrt(input + eps)
+
+
+def item(value: Any, index: Any) -> Any:
+    """`value[index]` of a tuple, list or dict: access to a part of a structure, not of a tensor."""
+    return value[index]
+
+
+def field(value: Any, name: str) -> Any:
+    """`value.name` of a dataclass or named tuple among the inputs."""
+    return getattr(value, name)
+
+
+def copy_to(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`other` broadcast to the shape, and cast to the dtype, of `input`: the pure form of `input.copy_(other)`."""
+    return other.to(input.dtype).expand(input.shape).clone()

@@ -1,0 +1,16 @@
+"""Modules that appear in models and prepared graphs: stubs, named arithmetic, fused operators."""
+
+from qgraph.nn.functional_modules import FloatFunctional
+from qgraph.nn.fused import FUSED_CLASSES, Activation, Fused, as_fused, clone_module
+from qgraph.nn.stubs import DeQuantStub, QuantStub
+
+__all__ = [
+    "FUSED_CLASSES",
+    "Activation",
+    "DeQuantStub",
+    "FloatFunctional",
+    "Fused",
+    "QuantStub",
+    "as_fused",
+    "clone_module",
+]

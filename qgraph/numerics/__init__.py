@@ -1,0 +1,67 @@
+"""Quantization numerics on plain tensors: formats, parameters, rounding, rescaling, tables.
+
+Imports torch only; knows nothing of graphs. Every function states its arithmetic exactly, because the
+simulator, fake quantization and the written specification must agree bit for bit.
+"""
+
+from qgraph.numerics.formats import (
+    FloatFormat,
+    Format,
+    QType,
+    as_format,
+    float16,
+    float32,
+    parse_format,
+    parse_qtype,
+    qint4,
+    qint8,
+    qint16,
+    qint32,
+    quint8,
+)
+from qgraph.numerics.qparams import QParams, choose_qparams, qparams_from_scale
+from qgraph.numerics.quantize import dequantize, fake_quantize, quantize
+from qgraph.numerics.requantize import (
+    Factor,
+    RequantizeRule,
+    ScaleForm,
+    encode_common_shift,
+    encode_fixed_point,
+    parse_rule,
+)
+from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_shift_right
+from qgraph.numerics.tables import build_table, lookup
+
+__all__ = [
+    "Factor",
+    "FloatFormat",
+    "Format",
+    "Overflow",
+    "QParams",
+    "QType",
+    "RequantizeRule",
+    "Rounding",
+    "ScaleForm",
+    "as_format",
+    "build_table",
+    "choose_qparams",
+    "dequantize",
+    "encode_common_shift",
+    "encode_fixed_point",
+    "fake_quantize",
+    "float16",
+    "float32",
+    "lookup",
+    "parse_format",
+    "parse_qtype",
+    "parse_rule",
+    "qint4",
+    "qint8",
+    "qint16",
+    "qint32",
+    "quantize",
+    "qparams_from_scale",
+    "quint8",
+    "round_float",
+    "rounding_shift_right",
+]

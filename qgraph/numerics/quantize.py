@@ -1,0 +1,92 @@
+"""From real numbers to codes and back, and the differentiable round trip used in training.
+
+The float arithmetic is fixed, so that fake quantization and integer simulation agree to the last bit:
+
+    code = saturate(round_half_even(x * (1 / scale)) + zero_point)        1 / scale rounded to float32
+    real = (code - zero_point) * scale                                    in float32
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qgraph.numerics.qparams import QParams
+
+
+def quantize(values: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """Codes of `values`.
+
+    Args:
+        values: float tensor of any shape; NaN has no code and must not occur.
+        qparams: parameters of the result.
+
+    Returns:
+        Integer tensor of the same shape, dtype `qparams.qtype.storage`, saturated.
+    """
+    inverse = qparams.shaped(1.0 / qparams.scale, values.dim())
+    codes = torch.round(values.to(torch.float32) * inverse)
+    if qparams.zero_point is not None:
+        codes = codes + qparams.shaped(qparams.zero_point, values.dim()).to(torch.float32)
+    return _saturated_cast(codes, qparams)
+
+
+def dequantize(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """Real numbers of `codes` (integer tensor of any shape), float32 of the same shape."""
+    rank = codes.dim()
+    if qparams.zero_point is not None:
+        codes = codes.to(torch.int64) - qparams.shaped(qparams.zero_point, rank)
+    return codes.to(torch.float32) * qparams.shaped(qparams.scale, rank)
+
+
+def fake_quantize(values: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """`dequantize(quantize(values))` without leaving floating point, differentiable.
+
+    The gradient passes straight through where the unsaturated code is in bounds and is zero elsewhere
+    (straight-through estimator; Bengio et al., "Estimating or Propagating Gradients Through Stochastic
+    Neurons"). NaN stays NaN, so that it can be found downstream.
+
+    Args:
+        values: float tensor of any shape.
+        qparams: parameters of the grid; they receive no gradient.
+
+    Returns:
+        float32 tensor of the same shape, equal to the integer round trip for every finite input.
+    """
+    result: torch.Tensor = _FakeQuantize.apply(values, qparams)
+    return result
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Elementwise ops on one owned buffer: torch's own fake-quantize kernel is several times slower on CPUs."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, values: torch.Tensor, qparams: QParams
+    ) -> torch.Tensor:
+        rank, qtype = values.dim(), qparams.qtype
+        codes = torch.mul(values, qparams.shaped(1.0 / qparams.scale, rank)).round_()
+        zero_point = None
+        if qparams.zero_point is not None:
+            zero_point = qparams.shaped(qparams.zero_point, rank).to(codes.dtype)
+            codes.add_(zero_point)
+        if values.requires_grad:
+            inside = qtype.contains(codes)
+            # A mask costs memory and a pass in backward; most batches clip nothing once ranges settled.
+            ctx.save_for_backward(*([] if bool(inside.all()) else [inside]))
+        codes.clamp_(qtype.qmin, qtype.qmax)
+        if zero_point is not None:
+            codes.sub_(zero_point)
+        return codes.mul_(qparams.shaped(qparams.scale, rank))
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
+        return (gradient.masked_fill(~saved[0], 0.0) if saved else gradient), None
+
+
+def _saturated_cast(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    # In float64 the bounds of 32-bit formats are representable; in float32 qmax would round up and wrap.
+    wide = codes.double() if qparams.qtype.bits > 24 else codes
+    return qparams.qtype.saturate(wide).to(qparams.qtype.storage)

@@ -1,0 +1,224 @@
+"""From an accumulator to the codes of the next format: the step where devices differ.
+
+A `RequantizeRule` names the arithmetic; `encode` turns real multipliers into what the device stores, `apply`
+computes with it. The rule is part of the integer graph, so that an artefact says by itself how it rounds.
+
+    float            round(float32(acc) * m)                              m in float32
+    fixed_point      round(acc * M / 2**s)                                one rounding
+    fixed_point_two  round2(round1(acc * M / 2**31) / 2**(s - 31))        two roundings (gemmlowp)
+    power_of_two     round(acc * M / 2**s)                                M or 2**s is 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+import torch
+
+from qgraph.errors import QuantizationError, UserError, did_you_mean
+from qgraph.numerics.rounding import Rounding, round_float, rounding_shift_right
+
+LARGEST_SHIFT = 62
+_HIGH_BITS = 31
+
+
+class ScaleForm(str, Enum):
+    """How a device stores the real factor between two scales."""
+
+    FLOAT = "float"
+    FIXED_POINT = "fixed_point"
+    FIXED_POINT_TWO = "fixed_point_two"
+    POWER_OF_TWO = "power_of_two"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class RequantizeRule:
+    """The arithmetic of one rescaling step.
+
+    Args:
+        form: how the factor is stored.
+        rounding: rounding of the only step, or of the last of two.
+        bits: bits of a fixed-point multiplier M; ignored by the other forms.
+        first_rounding: rounding of the first of two steps; only for `fixed_point_two`.
+    """
+
+    form: ScaleForm
+    rounding: Rounding
+    bits: int = 31
+    first_rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        if (self.first_rounding is None) == (self.form is ScaleForm.FIXED_POINT_TWO):
+            raise UserError(f"{self.form} {'needs' if self.first_rounding is None else 'has no'} first_rounding")
+        if not 2 <= self.bits <= 31:
+            raise UserError(f"a multiplier of {self.bits} bits is not supported", fix="use 2 to 31 bits")
+        if self.form is ScaleForm.FIXED_POINT_TWO and self.bits != _HIGH_BITS:
+            raise UserError("fixed_point_two is defined for a 31-bit multiplier")
+
+    def encode(self, factor: torch.Tensor) -> Factor:
+        """What the device stores for the real `factor` (float64, any shape, finite, not negative).
+
+        Raises:
+            QuantizationError: a factor is negative, not finite, or too large for the form.
+        """
+        factor = factor.to(torch.float64)
+        if not bool((torch.isfinite(factor) & (factor >= 0)).all()):
+            raise QuantizationError("a rescaling factor is negative or not finite")
+        if self.form is ScaleForm.FLOAT:
+            return Factor(factor.to(torch.float32), None)
+        if self.form is ScaleForm.POWER_OF_TWO:
+            return _encode_power_of_two(factor)
+        return encode_fixed_point(factor, self.bits)
+
+    def apply(self, accumulator: torch.Tensor, factor: Factor) -> torch.Tensor:
+        """The rescaled accumulator, unsaturated.
+
+        Args:
+            accumulator: int64, any shape, within 32 bits.
+            factor: as encoded by this rule, broadcastable to the accumulator.
+
+        Returns:
+            int64 tensor of the accumulator's shape.
+        """
+        if self.form is ScaleForm.FLOAT:
+            scaled = accumulator.to(torch.float32) * factor.multiplier
+            return round_float(scaled, self.rounding).to(torch.int64)
+        shift = factor.shifts()
+        if self.first_rounding is None:
+            return rounding_shift_right(accumulator * factor.multiplier, shift, self.rounding)
+        # gemmlowp: shifts below 31 multiply the accumulator up first, so that step one always divides by 2**31.
+        up = (_HIGH_BITS - shift).clamp(min=0)
+        high = rounding_shift_right((accumulator << up) * factor.multiplier, _HIGH_BITS, self.first_rounding)
+        return rounding_shift_right(high, (shift - _HIGH_BITS).clamp(min=0), self.rounding)
+
+    def __str__(self) -> str:
+        """One word, readable by `parse_rule`, such as `fixed_point:24:half_even`."""
+        if self.form in (ScaleForm.FLOAT, ScaleForm.POWER_OF_TWO):
+            return f"{self.form}:{self.rounding}"
+        first = "" if self.first_rounding is None else f"{self.first_rounding}:"
+        return f"{self.form}:{self.bits}:{first}{self.rounding}"
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A stored factor: `multiplier` (float32, or int64 mantissas) and `shift` (int64, None for floats)."""
+
+    multiplier: torch.Tensor
+    shift: torch.Tensor | None
+
+    def shifts(self) -> torch.Tensor:
+        """The shifts of a form that has them."""
+        if self.shift is None:
+            raise UserError("this factor was encoded as a float and has no shift")
+        return self.shift
+
+    def real(self) -> torch.Tensor:
+        """The factor it stands for, float64, shape of `multiplier`."""
+        if self.shift is None:
+            return self.multiplier.to(torch.float64)
+        return torch.ldexp(self.multiplier.to(torch.float64), -self.shift.to(torch.float64))
+
+
+@lru_cache(maxsize=256)
+def parse_rule(text: str) -> RequantizeRule:
+    """The rule that prints as `text`.
+
+    Raises:
+        UserError: the text names no rule.
+    """
+    form_name, *rest = text.split(":")
+    forms = {str(form): form for form in ScaleForm}
+    if form_name not in forms:
+        raise UserError(f"unknown scale form {form_name!r} in {text!r}", fix=did_you_mean(form_name, forms))
+    form = forms[form_name]
+    wanted = {ScaleForm.FIXED_POINT: 2, ScaleForm.FIXED_POINT_TWO: 3}.get(form, 1)
+    if len(rest) != wanted:
+        raise UserError(f"{text!r} should have {wanted} fields after {form_name!r}")
+    bits = 31
+    if wanted > 1:
+        if not rest[0].isdigit():
+            raise UserError(f"{rest[0]!r} in {text!r} is not a number of bits")
+        bits = int(rest[0])
+    modes = [_parse_rounding(name, text) for name in rest[1 if wanted > 1 else 0 :]]
+    return RequantizeRule(form, modes[-1], bits, modes[0] if wanted == 3 else None)
+
+
+def encode_fixed_point(factor: torch.Tensor, bits: int) -> Factor:
+    """`factor` as `M / 2**s` with `2**(bits-1) <= M < 2**bits` where the shift allows it.
+
+    Factors below `2**(bits - 63)` keep fewer bits, down to M = 0, because shifts stop at 62.
+
+    Args:
+        factor: float64, any shape, finite, not negative.
+        bits: bits of M.
+
+    Raises:
+        QuantizationError: a factor is `2**bits` or more.
+    """
+    mantissa, exponent = torch.frexp(factor)
+    shift = (bits - exponent.to(torch.int64)).clamp(max=LARGEST_SHIFT)
+    rounded = torch.round(torch.ldexp(factor, shift.to(torch.float64)))
+    # A mantissa that rounds up to 2**bits is half of it with one shift less.
+    full = rounded >= float(1 << bits)
+    shift = torch.where(full, shift - 1, shift)
+    multiplier = torch.where(full, rounded / 2, rounded).to(torch.int64)
+    shift = torch.where(mantissa == 0, torch.zeros_like(shift), shift)
+    _refuse_left_shift(shift, bits)
+    return Factor(multiplier, shift)
+
+
+def encode_common_shift(factors: torch.Tensor, bits: int) -> Factor:
+    """Factors of the terms of one sum, stored with one shift so that the sum is rounded once.
+
+    Args:
+        factors: float64, `[terms, ...]`, finite, any sign.
+        bits: bits of the largest `|M|`.
+
+    Returns:
+        Multipliers of `factors`' shape and shifts of shape `[...]`: the largest shift at which every `|M|` of
+        the sum fits `bits` bits (62 at the most).
+
+    Raises:
+        QuantizationError: a factor is not finite, or `2**bits` or more.
+    """
+    if not bool(torch.isfinite(factors).all()):
+        raise QuantizationError("a rescaling factor is not finite")
+    shift = encode_fixed_point(factors.abs().amax(dim=0), bits).shifts()
+    multiplier = torch.round(torch.ldexp(factors, shift.to(torch.float64))).to(torch.int64)
+    return Factor(multiplier, shift)
+
+
+def _encode_power_of_two(factor: torch.Tensor) -> Factor:
+    positive = torch.where(factor == 0, torch.ones_like(factor), factor)
+    exponent = torch.round(torch.log2(positive)).to(torch.int64)
+    if not torch.equal(torch.ldexp(torch.ones_like(factor), exponent.to(torch.float64)), factor):
+        raise QuantizationError(
+            "a rescaling factor is not a power of two",
+            why=f"factors: {factor.flatten()[:8].tolist()}",
+            fix="calibrate with power-of-two scales for this target",
+        )
+    if bool((exponent.abs() > _HIGH_BITS).any()):
+        raise QuantizationError("a power-of-two rescaling factor is beyond 2**31 or 2**-31")
+    return Factor(torch.ones_like(exponent) << exponent.clamp(min=0), (-exponent).clamp(min=0))
+
+
+def _refuse_left_shift(shift: torch.Tensor, bits: int) -> None:
+    if bool((shift < 0).any()):
+        raise QuantizationError(
+            f"a rescaling factor is 2**{bits} or more",
+            why="the scale of the result is far smaller than the scale of what it is computed from",
+            fix="look at the calibrated ranges around this op",
+        )
+
+
+def _parse_rounding(name: str, text: str) -> Rounding:
+    modes = {str(mode): mode for mode in Rounding}
+    if name not in modes:
+        raise UserError(f"unknown rounding {name!r} in {text!r}", fix=did_you_mean(name, modes))
+    return modes[name]
+

@@ -1,0 +1,63 @@
+"""Tables for nonlinear functions: one entry per code, or interpolated between evenly spaced entries.
+
+A full table holds `f` at every code of its input format. An interpolated table holds `f` at every `2**k`-th
+code and one entry past the end; between two entries the device interpolates linearly in integers:
+
+    offset = code - qmin,  i = offset >> k,  r = offset & (2**k - 1)
+    y = round_half_even((entry[i] * (2**k - r) + entry[i + 1] * r) / 2**k)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from qgraph.numerics.formats import QType
+from qgraph.numerics.qparams import QParams
+from qgraph.numerics.quantize import quantize
+from qgraph.numerics.rounding import Rounding, rounding_shift_right
+
+ScalarFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+def build_table(
+    function: ScalarFunction, source: QParams, result: QParams, *, entries: int | None = None
+) -> torch.Tensor:
+    """The table of an elementwise `function` between two formats.
+
+    The function is evaluated in float64 on the dequantized codes, then quantized. Where it is infinite the
+    entry saturates; where it is NaN (outside its domain) the entry is code of real zero.
+
+    Args:
+        function: maps float64 tensors elementwise.
+        source: parameters of the input, one scale per tensor.
+        result: parameters of the output, one scale per tensor.
+        entries: number of intervals, a power of two; None for one entry per code.
+
+    Returns:
+        Integer tensor in the output's storage dtype: `[2**bits]` entries of a full table, or
+        `[entries + 1]` of an interpolated one.
+    """
+    qtype = source.qtype
+    step = 1 if entries is None else (1 << qtype.bits) // entries
+    # Interpolation needs the entry at qmax + 1, which is a real number though not a code.
+    codes = torch.arange(qtype.qmin, qtype.qmax + (1 if step == 1 else 2), step, dtype=torch.float64)
+    zero_point = source.zero_points().to(codes)
+    values = function((codes - zero_point) * source.scale.to(codes))
+    limit = torch.finfo(torch.float32).max
+    values = torch.nan_to_num(values, nan=0.0, posinf=limit, neginf=-limit)
+    return quantize(values.clamp(-limit, limit), result)
+
+
+def lookup(codes: torch.Tensor, table: torch.Tensor, source: QType) -> torch.Tensor:
+    """Looks integer `codes` (any shape) up in a full or interpolated table; int64 of the same shape."""
+    offset = codes.to(torch.int64) - source.qmin
+    size = 1 << source.bits
+    if table.numel() == size:
+        return table.to(torch.int64)[offset]
+    width = (size // (table.numel() - 1)).bit_length() - 1
+    index, rest = offset >> width, offset & ((1 << width) - 1)
+    entries = table.to(torch.int64)
+    blend = entries[index] * ((1 << width) - rest) + entries[index + 1] * rest
+    return rounding_shift_right(blend, width, Rounding.HALF_EVEN)

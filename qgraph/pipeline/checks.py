@@ -1,0 +1,128 @@
+"""Comparing a graph's outputs before and after a pass, and finding the first node that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qgraph.errors import NumericCheckError
+from qgraph.ir.evaluate import evaluate
+from qgraph.ir.node_info import ExampleInputs, info, where
+from qgraph.pipeline.base import Numerics, Pass
+
+_FLIPS = 0.01  # share of integer results (argmax, comparisons) that may differ where floats may
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor that differs by more than allowed.
+
+    Args:
+        place: where in the outputs, or which node.
+        worst: largest absolute difference.
+        scale: largest magnitude of the reference.
+    """
+
+    place: str
+    worst: float
+    scale: float
+
+    def __str__(self) -> str:
+        relative = self.worst / self.scale if self.scale else float("inf")
+        return f"{self.place} differs by {self.worst:.3g} ({relative:.2g} of its largest magnitude)"
+
+
+def run_example(gm: fx.GraphModule, example: ExampleInputs) -> Any:
+    """The graph's outputs on the example inputs."""
+    with torch.no_grad():
+        return evaluate(gm, example.args, example.kwargs)
+
+
+def outputs_differ(reference: Any, outputs: Any, numerics: Numerics) -> Difference | None:
+    """The first output that breaks the promise; None if all keep it."""
+    expected, actual = list(_tensors(reference, "output")), list(_tensors(outputs, "output"))
+    if [place for place, _ in expected] != [place for place, _ in actual]:
+        return Difference("the structure of the outputs", float("nan"), 0.0)
+    for (place, one), (_, two) in zip(expected, actual, strict=True):
+        found = tensors_differ(place, one, two, numerics)
+        if found is not None:
+            return found
+    return None
+
+
+def tensors_differ(place: str, one: torch.Tensor, two: torch.Tensor, numerics: Numerics) -> Difference | None:
+    """Whether two tensors differ by more than `numerics` allows."""
+    if one.shape != two.shape:
+        return Difference(f"{place}: shape {list(one.shape)} became {list(two.shape)}, so it", float("nan"), 0.0)
+    if one.numel() == 0 or torch.equal(one, two):
+        return None
+    if not one.is_floating_point():
+        share = (one != two).float().mean().item()
+        allowed = _FLIPS if numerics.rtol else 0.0
+        return None if share <= allowed else Difference(place, share, 1.0)
+    both_nan = one.isnan() & two.isnan()
+    gap = (one.double() - two.double()).masked_fill(both_nan | (one == two), 0.0)
+    worst = gap.abs().max().item()
+    scale = one.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    return None if worst <= numerics.rtol * scale else Difference(place, worst, scale)
+
+
+def check_numerics(owner: Pass, reference: Any, outputs: Any) -> None:
+    """Checks a pass's promise about the outputs.
+
+    Raises:
+        NumericCheckError: it is broken.
+    """
+    found = outputs_differ(reference, outputs, owner.keeps)
+    if found is not None:
+        raise NumericCheckError(
+            f"the pass {owner.name} changed what the graph computes",
+            where=str(found),
+            why=f"it declares its result {owner.keeps}",
+            fix="pipeline.bisect(gm) names the first node that differs",
+        )
+
+
+def first_differing_node(
+    before: fx.GraphModule, after: fx.GraphModule, example: ExampleInputs, numerics: Numerics
+) -> tuple[fx.Node, Difference] | None:
+    """The first node of `after`, in execution order, whose value differs from that of its site in `before`."""
+    values: dict[str, torch.Tensor] = {}
+
+    def remember(node: fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            values[info(node).site] = value
+
+    found: list[tuple[fx.Node, Difference]] = []
+
+    def compare(node: fx.Node, value: Any) -> None:
+        # A fused node computes what the last of the nodes it stands for computed.
+        known = next((values[site] for site in reversed(info(node).stands_for) if site in values), None)
+        if found or known is None or not isinstance(value, torch.Tensor):
+            return
+        difference = tensors_differ(where(node), known, value, numerics)
+        if difference is not None:
+            found.append((node, difference))
+
+    with torch.no_grad():
+        evaluate(before, example.args, example.kwargs, observe=remember)
+        evaluate(after, example.args, example.kwargs, observe=compare)
+    return found[0] if found else None
+
+
+def _tensors(value: Any, place: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _tensors(entry, f"{place}[{key!r}]")
+    elif isinstance(value, (tuple, list)):
+        for position, entry in enumerate(value):
+            yield from _tensors(entry, f"{place}[{position}]")
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _tensors(getattr(value, name), f"{place}.{name}")
