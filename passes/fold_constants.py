@@ -39,59 +39,76 @@ class FoldConstants(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
-        values, refusals = self._evaluate(gm)
-        for node in list(gm.graph.nodes):
-            if node in values and info(node).op is not CONSTANT:
-                self._materialize(node, values, edit)
-        for node in reversed(list(gm.graph.nodes)):
-            if node in values and not node.users:
-                edit.erase(node)
+        refusals = fold(edit, largest=self.largest)
         return PassResult(gm, edit.changes > 0, refusals=tuple(refusals))
 
-    def _evaluate(self, gm: fx.GraphModule) -> tuple[dict[fx.Node, Any], list[Refusal]]:
-        """Values of all nodes that depend on no input, and what was not folded."""
-        values: dict[fx.Node, Any] = {}
-        refusals: list[Refusal] = []
-        for node in gm.graph.nodes:
-            if node.op == "get_attr":
-                if not info(node).unstable:
-                    values[node] = tensor_at(gm, str(node.target))
-            elif _is_foldable(node) and all(used in values for used in node.all_input_nodes):
-                value = _value(gm, node, values)
-                if value is _UNKNOWN:
-                    continue
-                if self._too_large(value, node, values):
-                    reason = f"the folded tensor would hold {value.numel()} elements"
-                    refusals.append(Refusal(self.name, reason, info(node).site, info(node).source))
-                    continue
-                values[node] = value
-        return values, refusals
 
-    def _too_large(self, value: Any, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
-        if not isinstance(value, torch.Tensor) or value.numel() <= self.largest:
-            return False
-        sources = [values[used] for used in node.all_input_nodes]
-        held = sum(source.numel() for source in sources if isinstance(source, torch.Tensor))
-        return value.numel() > 4 * held
+def fold(edit: Editor, *, largest: int, stubs: bool = False) -> list[Refusal]:
+    """Folds everything constant in the editor's graph; returns what was left because it would grow.
 
-    def _materialize(self, node: fx.Node, values: dict[fx.Node, Any], edit: Editor) -> None:
-        """Gives the readers that depend on inputs a buffer instead of the computation."""
-        value = values[node]
-        readers = [user for user in node.users if user not in values]
-        if not readers or not isinstance(value, torch.Tensor):
-            return
-        path = info(node).site.translate(str.maketrans("()[]", "____"))
-        folded = edit.constant(value.detach().clone(), path=path, like=node)
-        edit.annotate(folded, value=info(node).value, origins=info(node).stands_for)
-        for reader in readers:
-            edit.replace_input(reader, node, folded)
+    Args:
+        largest: as for `FoldConstants`.
+        stubs: whether quantizing a constant is folded too, as it is once scales are fixed.
+    """
+    values, refusals = _evaluate(edit, largest, stubs)
+    for node in list(edit.graph.nodes):
+        if node in values and info(node).op is not CONSTANT:
+            _materialize(node, values, edit)
+    for node in reversed(list(edit.graph.nodes)):
+        if node in values and not node.users:
+            edit.erase(node)
+    return refusals
 
 
-def _is_foldable(node: fx.Node) -> bool:
+def _evaluate(edit: Editor, largest: int, stubs: bool) -> tuple[dict[fx.Node, Any], list[Refusal]]:
+    """Values of all nodes that depend on no input, and what was not folded."""
+    values: dict[fx.Node, Any] = {}
+    refusals: list[Refusal] = []
+    for node in edit.graph.nodes:
+        if node.op == "get_attr":
+            if not info(node).unstable:
+                values[node] = tensor_at(edit.gm, str(node.target))
+        elif _is_foldable(node, stubs) and all(used in values for used in node.all_input_nodes):
+            value = _value(edit.gm, node, values)
+            if value is _UNKNOWN:
+                continue
+            if _too_large(value, node, values, largest):
+                reason = f"the folded tensor would hold {value.numel()} elements"
+                refusals.append(Refusal(edit.author, reason, info(node).site, info(node).source))
+                continue
+            values[node] = value
+    return values, refusals
+
+
+def _too_large(value: Any, node: fx.Node, values: dict[fx.Node, Any], largest: int) -> bool:
+    if not isinstance(value, torch.Tensor) or value.numel() <= largest:
+        return False
+    sources = [values[used] for used in node.all_input_nodes]
+    held = sum(source.numel() for source in sources if isinstance(source, torch.Tensor))
+    return value.numel() > 4 * held
+
+
+def _materialize(node: fx.Node, values: dict[fx.Node, Any], edit: Editor) -> None:
+    """Gives the readers that depend on inputs a buffer instead of the computation."""
+    value = values[node]
+    readers = [user for user in node.users if user not in values]
+    if not readers or not isinstance(value, torch.Tensor):
+        return
+    record = info(node)
+    path = record.site.translate(str.maketrans("()[]", "____"))
+    folded = edit.constant(value.detach().clone(), path=path, like=node)
+    edit.annotate(folded, origins=record.stands_for, qparams=record.qparams)
+    for reader in readers:
+        edit.replace_input(reader, node, folded)
+
+
+def _is_foldable(node: fx.Node, stubs: bool) -> bool:
     record = info(node)
     if node.op not in ("call_function", "call_method", "call_module"):
         return False
-    return not (record.in_place or record.unstable or record.op is GUARD or record.op.kind is OpKind.STUB)
+    if record.op.kind is OpKind.STUB and not stubs:
+        return False
+    return not (record.in_place or record.unstable or record.op is GUARD)
 
 
 def _value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from qgraph.errors import InternalError, VerifyError
 from qgraph.ir.node_info import info, module_of, where
-from qgraph.ir.op import Op, Spelling
+from qgraph.ir.op import Op, QuantRule, Spelling
 from qgraph.ir.op_table import CONSTANT, FIELD, INPUT, ITEM, OPAQUE, OPS, OUTPUT, SLICE
 
 _STRUCTURAL = {"placeholder": INPUT, "get_attr": CONSTANT, "output": OUTPUT}
@@ -187,6 +187,12 @@ def _bind_module(node: fx.Node, op: Op) -> Bound:
     for name in inputs:
         values.setdefault(name, None)
     return Bound(op, values, module=module)
+
+
+def quant_rule(node: fx.Node) -> QuantRule:
+    """Where this call's result gets its scale from."""
+    rule = info(node).op.quant
+    return rule if isinstance(rule, QuantRule) else rule(bind(node).values)
 
 
 def operand_values(node: fx.Node) -> list[fx.Node]:

@@ -23,6 +23,7 @@ from qgraph.ir.arguments import Bound
 from qgraph.ir.node_info import NodeInfo, info, set_info, where
 from qgraph.ir.op import Op
 from qgraph.ir.op_table import CONSTANT
+from qgraph.ir.values import spec_of
 
 
 @dataclass
@@ -118,6 +119,8 @@ class Editor:
         """A node that reads `tensor`, kept as a buffer at `path` (made unique)."""
         unique = self.add_tensor(path, tensor)
         node = self._create("get_attr", unique, (), {}, CONSTANT, like, unique, before)
+        record = info(like)
+        set_info(node, NodeInfo(CONSTANT, unique, record.module, record.source, spec_of(tensor), created_by=self.author))
         return node
 
     def _create(
@@ -146,6 +149,7 @@ class Editor:
                 created_by=self.author,
                 in_place=False,
                 unstable=False,
+                inner=record.inner if site is None else False,
                 plan=record.plan if site is None else None,
                 weight_plan=record.weight_plan if site is None else None,
                 value=record.value if site is None else None,
@@ -179,6 +183,8 @@ class Editor:
 
     def add_tensor(self, path: str, tensor: torch.Tensor) -> str:
         """Keeps `tensor` as a buffer at `path`, made unique; returns the path used."""
+        if not self._can_hold(path.rpartition(".")[0]):
+            path = path.replace(".", "_")
         parent_path, _, name = path.rpartition(".")
         if parent_path and not self._exists(parent_path):
             self.set_module(parent_path, nn.Module())
@@ -198,6 +204,17 @@ class Editor:
             counter += 1
             unique = f"{path}_{counter}"
         return unique
+
+    def _can_hold(self, path: str) -> bool:
+        """Whether `path` is a module without a forward of its own, or could be made one."""
+        current: object = self.gm
+        for part in path.split(".") if path else ():
+            current = getattr(current, part, None)
+            if current is None:
+                return True
+            if type(current) is not nn.Module:  # a leaf of the model, or a tensor: not ours to extend
+                return False
+        return True
 
     def _exists(self, path: str) -> bool:
         current: object = self.gm

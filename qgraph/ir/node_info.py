@@ -70,9 +70,11 @@ class NodeInfo:
         created_by: the pass that made the node, or `capture`.
         in_place: the node writes to one of its operands: it must not be removed, moved or matched.
         unstable: the node's storage is written by an `in_place` node: it must not be moved or matched.
+        inner: the node is a step of a composite that was taken apart; the composite's site is another node's.
         plan: decision for the result's site.
         weight_plan: decision for the site of the module's weight.
         qparams: scale and zero point of the result, once frozen.
+        weight_qparams: scale and zero point of the module's weight, once frozen.
         float_reason: why the node stays in float arithmetic, if it does.
     """
 
@@ -85,9 +87,11 @@ class NodeInfo:
     created_by: str = "capture"
     in_place: bool = False
     unstable: bool = False
+    inner: bool = False
     plan: SitePlan | None = None
     weight_plan: SitePlan | None = None
     qparams: QParams | None = None
+    weight_qparams: QParams | None = None
     float_reason: str | None = None
 
     @property

@@ -103,7 +103,7 @@ class Op:
         in_place: methods or functions that mean it and write to their first operand.
         modules: module classes that mean it, each with the attributes that hold options under another name.
         parameters: operands held by the module as parameters or buffers.
-        quant: where the result gets its scale from.
+        quant: where the result gets its scale from; a function of the arguments where it depends on options.
         lowering: name of the lowering that takes it to integers; None for none.
         decomposition: name of the decomposition into simpler operators; None for none.
         scalar_function: for tables: the float64 function of the value and the options.
@@ -121,7 +121,7 @@ class Op:
     in_place: Mapping[Function | str, Spelling] = field(default_factory=dict)
     modules: Mapping[type[nn.Module], Mapping[str, str]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
-    quant: QuantRule = QuantRule.FLOAT
+    quant: QuantRule | Callable[[Mapping[str, Any]], QuantRule] = QuantRule.FLOAT
     lowering: str | None = None
     decomposition: str | None = None
     scalar_function: Callable[..., torch.Tensor] | None = None

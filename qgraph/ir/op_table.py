@@ -21,7 +21,7 @@ from torch import nn
 
 from qgraph.ir import functional as QF
 from qgraph.ir.op import Function, Op, OpKind, OpTable, QuantRule, ShapeRule, Spelling
-from qgraph.nn import FUSED_CLASSES, DeQuantStub, QuantStub
+from qgraph.nn import FUSED_CLASSES, Affine, DeQuantStub, QuantStub
 
 OPS = OpTable()
 
@@ -257,6 +257,17 @@ DIV = _op(
     shape=ShapeRule.BROADCAST,
     lowering="mul",
     decomposition="div",
+)
+AFFINE = _op(
+    "affine",
+    OpKind.ARITHMETIC,
+    lambda input, weight, bias: None,
+    "input weight bias",
+    modules=(Affine,),
+    parameters=("weight", "bias"),
+    quant=QuantRule.OWN,
+    lowering="affine",
+    shape=ShapeRule.SAME,
 )
 CAT = _op(
     "cat",
@@ -676,7 +687,7 @@ PAD = _op(
         nn.ConstantPad2d: _CONSTANT_PADS,
         nn.ConstantPad3d: _CONSTANT_PADS,
     },
-    quant=QuantRule.SAME,
+    quant=lambda values: QuantRule.SAME if values["mode"] != "constant" or not values["value"] else QuantRule.OWN,
     lowering="pad",
 )
 INTERPOLATE = _op(
@@ -687,7 +698,7 @@ INTERPOLATE = _op(
     ),
     target=F.interpolate,
     modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
-    quant=QuantRule.OWN,
+    quant=lambda values: QuantRule.SAME if values["mode"].startswith("nearest") else QuantRule.OWN,
     lowering="interpolate",
 )
 IDENTITY = _op(

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from qgraph.ir.arguments import bind
+from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import NodeInfo, graph_info, has_info, info, module_of
 from qgraph.ir.op_table import CONSTANT, INPUT, OPAQUE
 from qgraph.ir.values import format_spec
@@ -85,7 +86,10 @@ def _quantization(record: NodeInfo) -> Iterator[str]:
 
 
 def _name(node: fx.Node, record: NodeInfo) -> str:
-    if record.op is not OPAQUE and not str(node.target).startswith("qgraph."):
+    integer = integer_name(node.target)
+    if integer is not None:
+        return f"qgraph.{integer}"
+    if record.op is not OPAQUE:
         return record.op.name
     if node.op == "call_module":
         return type(module_of(node)).__name__
@@ -136,7 +140,7 @@ def _bindable(node: fx.Node) -> bool:
     if not has_info(node) or node.op in ("placeholder", "get_attr", "output"):
         return False
     op = info(node).op
-    return op is not OPAQUE and bool(op.signature.parameters)
+    return op is not OPAQUE and bool(op.signature.parameters) and integer_name(node.target) is None
 
 
 def _value(value: Any) -> str:

@@ -4,6 +4,7 @@ Imports torch only; knows nothing of graphs. Every function states its arithmeti
 simulator, fake quantization and the written specification must agree bit for bit.
 """
 
+from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
 from qgraph.numerics.formats import (
     FloatFormat,
     Format,
@@ -20,7 +21,7 @@ from qgraph.numerics.formats import (
     quint8,
 )
 from qgraph.numerics.qparams import QParams, choose_qparams, qparams_from_scale
-from qgraph.numerics.quantize import dequantize, fake_quantize, quantize
+from qgraph.numerics.quantize import bias_codes, dequantize, fake_quantize, quantize
 from qgraph.numerics.requantize import (
     Factor,
     RequantizeRule,
@@ -33,6 +34,7 @@ from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_s
 from qgraph.numerics.tables import build_table, lookup
 
 __all__ = [
+    "Arithmetic",
     "Factor",
     "FloatFormat",
     "Format",
@@ -43,6 +45,7 @@ __all__ = [
     "Rounding",
     "ScaleForm",
     "as_format",
+    "bias_codes",
     "build_table",
     "choose_qparams",
     "dequantize",
@@ -52,6 +55,7 @@ __all__ = [
     "float16",
     "float32",
     "lookup",
+    "parse_arithmetic",
     "parse_format",
     "parse_qtype",
     "parse_rule",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from qgraph.numerics.formats import qint32
 from qgraph.numerics.qparams import QParams
 
 
@@ -36,6 +37,19 @@ def dequantize(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
     if qparams.zero_point is not None:
         codes = codes.to(torch.int64) - qparams.shaped(qparams.zero_point, rank)
     return codes.to(torch.float32) * qparams.shaped(qparams.scale, rank)
+
+
+def bias_codes(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """What a device adds to its 32-bit accumulator for a bias: `saturate(round_half_even(bias / step))`.
+
+    Args:
+        bias: float `[C]`.
+        step: value of one unit of the accumulator, float64 `[C]` or `[]`.
+
+    Returns:
+        float64 `[C]`, whole numbers within 32 bits.
+    """
+    return qint32.saturate(torch.round(bias.double() / step.double()))
 
 
 def fake_quantize(values: torch.Tensor, qparams: QParams) -> torch.Tensor:

@@ -11,6 +11,7 @@ computes with it. The rule is part of the integer graph, so that an artefact say
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -61,14 +62,14 @@ class RequantizeRule:
             raise UserError("fixed_point_two is defined for a 31-bit multiplier")
 
     def encode(self, factor: torch.Tensor) -> Factor:
-        """What the device stores for the real `factor` (float64, any shape, finite, not negative).
+        """What the device stores for the real `factor` (float64, any shape, finite).
 
         Raises:
-            QuantizationError: a factor is negative, not finite, or too large for the form.
+            QuantizationError: a factor is not finite, or too large for the form.
         """
         factor = factor.to(torch.float64)
-        if not bool((torch.isfinite(factor) & (factor >= 0)).all()):
-            raise QuantizationError("a rescaling factor is negative or not finite")
+        if not bool(torch.isfinite(factor).all()):
+            raise QuantizationError("a rescaling factor is not finite")
         if self.form is ScaleForm.FLOAT:
             return Factor(factor.to(torch.float32), None)
         if self.form is ScaleForm.POWER_OF_TWO:
@@ -95,6 +96,37 @@ class RequantizeRule:
         up = (_HIGH_BITS - shift).clamp(min=0)
         high = rounding_shift_right((accumulator << up) * factor.multiplier, _HIGH_BITS, self.first_rounding)
         return rounding_shift_right(high, (shift - _HIGH_BITS).clamp(min=0), self.rounding)
+
+    def apply_sum(
+        self, terms: Sequence[torch.Tensor], multipliers: Sequence[torch.Tensor], shift: torch.Tensor | None,
+        offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A sum of rescaled terms, rounded once, unsaturated.
+
+        Args:
+            terms: int64, broadcastable to each other, each within 32 bits.
+            multipliers: one per term, as `encode_common_shift` makes them (float32 for the float form).
+            shift: int64, the common shift; None for the float form.
+            offset: int64 at the scale of the shifted sum (float32 for the float form).
+
+        Returns:
+            int64 tensor of the broadcast shape. The float form rounds each product and each partial sum to float32, in
+            the order given.
+
+        Raises:
+            UserError: the form defines no sum.
+        """
+        if self.form is ScaleForm.FIXED_POINT_TWO:
+            raise UserError("two-step fixed-point rescaling defines no sum of terms")
+        wide = torch.float32 if self.form is ScaleForm.FLOAT else torch.int64
+        total = terms[0].to(wide) * multipliers[0]
+        for term, multiplier in zip(terms[1:], multipliers[1:], strict=True):
+            total = total + term.to(wide) * multiplier
+        if offset is not None:
+            total = total + offset
+        if shift is None:
+            return round_float(total, self.rounding).to(torch.int64)
+        return rounding_shift_right(total, shift, self.rounding)
 
     def __str__(self) -> str:
         """One word, readable by `parse_rule`, such as `fixed_point:24:half_even`."""
@@ -149,13 +181,13 @@ def parse_rule(text: str) -> RequantizeRule:
 
 
 def encode_fixed_point(factor: torch.Tensor, bits: int) -> Factor:
-    """`factor` as `M / 2**s` with `2**(bits-1) <= M < 2**bits` where the shift allows it.
+    """`factor` as `M / 2**s` with `2**(bits-1) <= |M| < 2**bits` where the shift allows it.
 
     Factors below `2**(bits - 63)` keep fewer bits, down to M = 0, because shifts stop at 62.
 
     Args:
-        factor: float64, any shape, finite, not negative.
-        bits: bits of M.
+        factor: float64, any shape, finite; M has its sign.
+        bits: bits of `|M|`.
 
     Raises:
         QuantizationError: a factor is `2**bits` or more.
@@ -164,7 +196,7 @@ def encode_fixed_point(factor: torch.Tensor, bits: int) -> Factor:
     shift = (bits - exponent.to(torch.int64)).clamp(max=LARGEST_SHIFT)
     rounded = torch.round(torch.ldexp(factor, shift.to(torch.float64)))
     # A mantissa that rounds up to 2**bits is half of it with one shift less.
-    full = rounded >= float(1 << bits)
+    full = rounded.abs() >= float(1 << bits)
     shift = torch.where(full, shift - 1, shift)
     multiplier = torch.where(full, rounded / 2, rounded).to(torch.int64)
     shift = torch.where(mantissa == 0, torch.zeros_like(shift), shift)
@@ -194,7 +226,7 @@ def encode_common_shift(factors: torch.Tensor, bits: int) -> Factor:
 
 
 def _encode_power_of_two(factor: torch.Tensor) -> Factor:
-    positive = torch.where(factor == 0, torch.ones_like(factor), factor)
+    positive = torch.where(factor == 0, torch.ones_like(factor), factor.abs())
     exponent = torch.round(torch.log2(positive)).to(torch.int64)
     if not torch.equal(torch.ldexp(torch.ones_like(factor), exponent.to(torch.float64)), factor):
         raise QuantizationError(

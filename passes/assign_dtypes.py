@@ -1,0 +1,191 @@
+"""Decides the number format of every site.
+
+In order, for each site: a fixed choice (a stub's scale, an inner step of a composite), else the first qconfig setter that
+answers; then the target's legal combinations. A default that is illegal is changed to the nearest legal choice, an
+explicit one is refused. Every decision keeps the rule that made it and what that rule overrode. Nothing is computed
+differently yet, except that an operand in the wrong format gets a stub that converts it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from qgraph.errors import QuantizationError
+from qgraph.ir.arguments import bind, quant_rule
+from qgraph.ir.editor import Editor, node_name
+from qgraph.ir.node_info import NodeInfo, SitePlan, info, module_of, where
+from qgraph.ir.op import OpKind, QuantRule
+from qgraph.ir.op_table import DEQUANT_STUB, FUSABLE, ITEM, QUANT_STUB
+from qgraph.ir.stage import Stage
+from qgraph.nn import QuantStub
+from qgraph.numerics import Format, QType, qint8, qint16
+from qgraph.pipeline import Pass, PassContext, PassResult
+from qgraph.quantization.qconfig import (
+    DefaultQconfigSetter,
+    QConfig,
+    SiteQuery,
+    as_setters,
+    check_all_used,
+    require_integer,
+    resolve,
+)
+from qgraph.targets import Target, get_target
+
+_INNER_RULE = "inner step of a composite"
+_STUB_RULE = "fixed scale of the QuantStub"
+
+
+@dataclass(frozen=True)
+class AssignDtypes(Pass):
+    """Writes a `SitePlan` to every site that is rounded."""
+
+    name: ClassVar[str] = "assign-dtypes"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage.FUSED,)
+    requires: ClassVar[frozenset[str]] = frozenset({"stubs"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"dtypes"})
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        edit = ctx.edit(gm, self)
+        planner = _Planner(edit, ctx)
+        for node in list(gm.graph.nodes):
+            planner.visit(node)
+        names = [name for query in planner.queries for name in query.names]
+        check_all_used(planner.setters, names)
+        return PassResult(gm, edit.changes > 0, tuple(planner.notes))
+
+
+class _Planner:
+    """Walks the graph in execution order, so that the formats of operands are known."""
+
+    def __init__(self, edit: Editor, ctx: PassContext) -> None:
+        self.edit = edit
+        self.target: Target = ctx.target or get_target("bpu")
+        self.setters = ctx.setters or as_setters(None)
+        self.defaults = {setter.name for setter in self.setters if isinstance(setter, DefaultQconfigSetter)}
+        self.formats: dict[fx.Node, QType] = {}
+        self.queries: list[SiteQuery] = []
+        self.notes: list[str] = []
+
+    def visit(self, node: fx.Node) -> None:
+        """Decides one node."""
+        record = info(node)
+        if record.op is DEQUANT_STUB or record.op.kind is OpKind.OUTPUT:
+            return
+        if record.op is QUANT_STUB:
+            self._plan(node, operands=())
+            return
+        operands = [(name, operand) for name, operand in _operands(node) if operand in self.formats]
+        if not operands:
+            return
+        if record.op is ITEM or quant_rule(node) is QuantRule.SAME:
+            self.formats[node] = self.formats[operands[0][1]]
+        elif quant_rule(node) is QuantRule.OWN:
+            self._plan(node, tuple(operands))
+
+    def _plan(self, node: fx.Node, operands: tuple[tuple[str, fx.Node], ...]) -> None:
+        record = info(node)
+        qconfig, rule = self._decide(record)
+        result = require_integer(qconfig.output, where(node))
+        fixed = qconfig.fixed_scale
+        stub = module_of(node) if record.op is QUANT_STUB else None
+        if isinstance(stub, QuantStub) and stub.scale is not None:
+            fixed, rule = stub.scale, _STUB_RULE
+        weight = require_integer(qconfig.weight, where(node)) if record.op in FUSABLE else None
+        if qconfig.input is not None:
+            operands = self._converted_inputs(node, operands, require_integer(qconfig.input, where(node)), rule)
+        overrode: tuple[str, ...] = ()
+        if record.op is not QUANT_STUB:
+            weight, result, operands, overrode = self._legalized(node, operands, weight, result, rule)
+        plan = SitePlan(result, qconfig.activation_observer, False, rule, overrode, fixed)
+        weight_plan = None
+        if weight is not None:
+            weight_plan = SitePlan(weight, qconfig.weight_observer, self.target.weight_per_channel, rule, overrode)
+        self.edit.annotate(node, plan=plan, weight_plan=weight_plan)
+        self.formats[node] = result
+
+    def _decide(self, record: NodeInfo) -> tuple[QConfig, str]:
+        query = SiteQuery(record.site, record.module, record.stands_for, record.op.name)
+        self.queries.append(query)
+        qconfig, rule = resolve(self.setters, query)
+        if record.inner and rule in self.defaults:
+            return QConfig(qint16, qconfig.weight, None, qconfig.activation_observer), _INNER_RULE
+        return qconfig, rule
+
+    # --- legality --------------------------------------------------------------------------------------------
+
+    def _legalized(
+        self,
+        node: fx.Node,
+        operands: tuple[tuple[str, fx.Node], ...],
+        weight: QType | None,
+        result: QType,
+        rule: str,
+    ) -> tuple[QType | None, QType, tuple[tuple[str, fx.Node], ...], tuple[str, ...]]:
+        """The nearest legal formats: another weight format, then a converted operand, then another result."""
+        legal = self.target.rule(info(node).op.name)
+        given = self._operand_formats(node, operands, weight)
+        if legal is None or legal.accepts(given, result):
+            return weight, result, operands, ()
+        request = f"{', '.join(map(str, given))} -> {result}"
+        explicit = rule not in self.defaults and rule != _INNER_RULE
+        if not explicit:
+            if weight is not None and legal.accepts([given[0], qint8], result):
+                return qint8, result, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
+            for position in reversed(range(len(operands))):
+                if weight is None and legal.accepts([*given[:position], qint8, *given[position + 1 :]], result):
+                    converted = self._convert(node, operands[position][1], qint8, rule)
+                    changed = (*operands[:position], (operands[position][0], converted), *operands[position + 1 :])
+                    self.notes.append(f"{info(node).site}: operand {operands[position][0]} converted to int8")
+                    return weight, result, changed, (f"{rule}: {request} is illegal on {self.target.name}",)
+            for other in (qint16, qint8):
+                if legal.accepts(given, other):
+                    return weight, other, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
+        raise QuantizationError(
+            f"{request} is illegal for {info(node).op} on {self.target.name}",
+            where=where(node),
+            why=f"decided by: {rule}",
+            fix=f"nearest legal: {self.target.nearest_legal(info(node).op.name, given, result)}",
+        )
+
+    def _operand_formats(
+        self, node: fx.Node, operands: tuple[tuple[str, fx.Node], ...], weight: QType | None
+    ) -> list[Format]:
+        formats: list[Format] = [self.formats[operand] for name, operand in operands if name != "residual"]
+        return formats if weight is None else [formats[0], weight]
+
+    # --- conversions -----------------------------------------------------------------------------------------
+
+    def _converted_inputs(
+        self, node: fx.Node, operands: tuple[tuple[str, fx.Node], ...], wanted: QType, rule: str
+    ) -> tuple[tuple[str, fx.Node], ...]:
+        return tuple(
+            (name, operand)
+            if name == "residual" or self.formats[operand] == wanted
+            else (name, self._convert(node, operand, wanted, rule))
+            for name, operand in operands
+        )
+
+    def _convert(self, node: fx.Node, operand: fx.Node, wanted: QType, rule: str) -> fx.Node:
+        """`node` reads `operand` through a stub of another format."""
+        site = f"{info(node).site}.{node_name(info(operand).site)}_as_{wanted}"
+        path = self.edit.free_path(f"stubs.{node_name(site)}")
+        self.edit.set_module(path, QuantStub().eval())
+        stub = self.edit.call_module(path, operand, op=QUANT_STUB, like=node, site=site)
+        plan = info(operand).plan
+        observer = plan.observer if plan is not None else "min_max"
+        self.edit.annotate(stub, value=info(operand).value, plan=SitePlan(wanted, observer, False, f"{rule}: input"))
+        self.edit.replace_input(node, operand, stub)
+        self.formats[stub] = wanted
+        return stub
+
+
+def _operands(node: fx.Node) -> list[tuple[str, fx.Node]]:
+    if info(node).op is ITEM:
+        return [("value", node.all_input_nodes[0])]
+    if info(node).op.kind is OpKind.OPAQUE:
+        return []
+    found: list[tuple[str, Any]] = list(bind(node).nodes())
+    return found

@@ -1,0 +1,83 @@
+"""Puts a fake quantization behind every planned site and into every module with a weight.
+
+In state FLOAT all of them are the identity, so the graph computes what it did: bit exact. Weights that several modules
+share get one fake quantization, because they are one site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+
+from qgraph.errors import InternalError
+from qgraph.ir.editor import Editor, node_name
+from qgraph.ir.node_info import NodeInfo, SitePlan, info, module_of, where
+from qgraph.ir.op_table import FAKE_QUANT, TRANSPOSED
+from qgraph.ir.stage import Stage
+from qgraph.nn import as_fused
+from qgraph.numerics import QType
+from qgraph.pipeline import Pass, PassContext, PassResult
+from qgraph.quantization.fake_quantize import BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qgraph.quantization.observers import make_observer
+
+CONTAINER = "quantizers"
+
+
+@dataclass(frozen=True)
+class InsertFakeQuant(Pass):
+    """Makes the graph ready for calibration and training."""
+
+    name: ClassVar[str] = "insert-fake-quant"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage.FUSED,)
+    result_stage: ClassVar[Stage | None] = Stage.PREPARED
+    requires: ClassVar[frozenset[str]] = frozenset({"dtypes"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        edit = ctx.edit(gm, self)
+        weights: dict[int, WeightFakeQuantize] = {}
+        for node in list(gm.graph.nodes):
+            record = info(node)
+            if record.weight_plan is not None:
+                _quantize_weight(node, record.weight_plan, weights, edit)
+            if record.plan is not None and record.plan.observer != "none":
+                _quantize_result(node, record, record.plan, edit)
+        return PassResult(gm, edit.changes > 0)
+
+
+def _quantize_result(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Editor) -> None:
+    observer = None if plan.fixed_scale is not None else make_observer(plan.observer, -1)
+    module = FakeQuantize(record.site, _integer(plan, node), observer, fixed_scale=plan.fixed_scale)
+    path = edit.free_path(f"{CONTAINER}.{node_name(record.site)}")
+    edit.set_module(path, module.eval())
+    users = list(node.users)
+    rounded = edit.call_module(
+        path, node, op=FAKE_QUANT, like=node, site=f"{record.site}.fake_quant", before=node.next
+    )
+    edit.annotate(rounded, value=record.value)
+    for user in users:
+        edit.replace_input(user, node, rounded)
+
+
+def _quantize_weight(
+    node: fx.Node, plan: SitePlan, known: dict[int, WeightFakeQuantize], edit: Editor
+) -> None:
+    fused = as_fused(module_of(node))
+    site = info(node).site
+    weight: nn.Parameter = fused.weight
+    if id(weight) not in known:
+        axis = -1 if not plan.per_channel else 1 if info(node).op in TRANSPOSED else 0
+        observer = make_observer(plan.observer, axis)
+        known[id(weight)] = WeightFakeQuantize(f"{site}.weight", _integer(plan, node), observer)
+    fused.weight_fake_quant = known[id(weight)].eval()
+    if fused.bias is not None:
+        fused.bias_fake_quant = BiasFakeQuantize(f"{site}.bias").eval()
+    edit.set_module(str(node.target), fused)
+
+
+def _integer(plan: SitePlan, node: fx.Node) -> QType:
+    if not isinstance(plan.format, QType):
+        raise InternalError(f"a site of format {plan.format} has a fake quantization", where=where(node))
+    return plan.format

@@ -1,0 +1,80 @@
+"""Replaces every quantized operator by integer operators of the target.
+
+The lowering of each operator is looked up in the op table (`qgraph.lowering`); this pass walks the graph in execution
+order, so that operands are codes already. Fake quantizations disappear, stubs become quantize and dequantize, and what
+has no integer form stays float between them. Redefines the outputs: what was simulated in float is now computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from qgraph.errors import QuantizationError
+from qgraph.ir.editor import Editor
+from qgraph.ir.node_info import graph_info, info, update_graph_info, where
+from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, ITEM
+from qgraph.ir.stage import Stage
+from qgraph.lowering import LoweringContext, lowering_of
+from qgraph.lowering.base import coded
+from qgraph.pipeline import REDEFINES, Numerics, Pass, PassContext, PassResult
+from qgraph.targets import get_target
+
+
+@dataclass(frozen=True)
+class LowerToInteger(Pass):
+    """Lowers a frozen graph.
+
+    Args:
+        strict: refuse graphs with operators that stay in float.
+    """
+
+    name: ClassVar[str] = "lower-to-integer"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage.PREPARED,)
+    result_stage: ClassVar[Stage | None] = Stage.INTEGER
+    requires: ClassVar[frozenset[str]] = frozenset({"frozen"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"integer"})
+    keeps: ClassVar[Numerics] = REDEFINES
+
+    strict: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        edit = ctx.edit(gm, self)
+        islands = [node for node in gm.graph.nodes if info(node).float_reason is not None]
+        if self.strict and islands:
+            raise QuantizationError(
+                f"{len(islands)} operator(s) stay in float",
+                where="; ".join(f"{where(node)}: {info(node).float_reason}" for node in islands[:8]),
+                why="strict=True allows none",
+                fix="change these operators, move them out of the model, or convert without strict",
+            )
+        target = ctx.target or get_target(graph_info(gm).target or "bpu")
+        context = LoweringContext(edit, target)
+        for node in list(gm.graph.nodes):
+            _lower(node, edit, context)
+        update_graph_info(gm, target=target.name)
+        return PassResult(gm, True)
+
+
+def _lower(node: fx.Node, edit: Editor, context: LoweringContext) -> None:
+    record = info(node)
+    if record.op is FAKE_QUANT:
+        edit.bypass(node, node.all_input_nodes[0])
+    elif record.op is ITEM:
+        source = info(node.all_input_nodes[0]).qparams
+        if source is not None:
+            edit.annotate(node, qparams=source, value=coded(record.value, source))
+    elif record.qparams is not None or record.op is DEQUANT_STUB:
+        lowering = lowering_of(node)
+        if lowering is None:
+            return
+        lowered = lowering.lower(node, context)
+        if lowered is node:
+            return
+        if lowered in node.all_input_nodes:  # a stub between equal scales: nothing to compute
+            edit.bypass(node, lowered)
+            return
+        edit.replace(node, lowered)
+        edit.rename(lowered)

@@ -1,0 +1,27 @@
+"""From float operators to integer operators; see `qgraph.lowering.base`."""
+
+import qgraph.simulator.operators  # noqa: F401 - registers what lowerings emit
+from qgraph.lowering import elementwise, movement, products, windows
+from qgraph.lowering.base import (
+    LOWERINGS,
+    Lowering,
+    LoweringContext,
+    bounds,
+    lowering_of,
+    register_lowering,
+    support,
+)
+
+__all__ = [
+    "LOWERINGS",
+    "Lowering",
+    "LoweringContext",
+    "bounds",
+    "elementwise",
+    "lowering_of",
+    "movement",
+    "products",
+    "register_lowering",
+    "support",
+    "windows",
+]

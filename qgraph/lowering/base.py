@@ -1,0 +1,207 @@
+"""How a float operator with known scales becomes integer operators.
+
+A lowering answers two questions: can this call run on that target (and if not, why), and which integer operators
+compute it. `LOWERINGS` maps the names in the op table to lowerings; another package adds one by `register_lowering`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qgraph.errors import InternalError, UserError, did_you_mean
+from qgraph.ir.arguments import bind
+from qgraph.ir.editor import Editor, node_name
+from qgraph.ir.integer import integer_operator
+from qgraph.ir.node_info import graph_info, info, where
+from qgraph.ir.shapes import tensor_spec
+from qgraph.ir.values import TensorSpec
+from qgraph.numerics import Arithmetic, Factor, QParams, ScaleForm, encode_common_shift
+from qgraph.rewrite import Verdict, no, yes
+from qgraph.targets import Target
+
+
+class Lowering(ABC):
+    """One way to take an operator to integers."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        """Whether this call can be computed in integers on `target`; formats are checked elsewhere."""
+        return yes()
+
+    @abstractmethod
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        """The node that computes `node`'s codes; operands of `node` are lowered already."""
+
+
+@dataclass
+class LoweringContext:
+    """What lowerings work with.
+
+    Args:
+        edit: the graph's editor.
+        target: the hardware.
+    """
+
+    edit: Editor
+    target: Target
+
+    def qparams(self, node: Any) -> QParams:
+        """Parameters of a lowered operand.
+
+        Raises:
+            InternalError: it has none.
+        """
+        found = info(node).qparams
+        if found is None:
+            raise InternalError("an integer operator reads a value without scale", where=where(node))
+        return found
+
+    def integer(self, name: str, *args: Any, like: fx.Node, result: QParams | None = None, **options: Any) -> fx.Node:
+        """A call of an integer operator that computes `like`'s value (`result`: its parameters, if not `like`'s)."""
+        node = self.edit.call_function(integer_operator(name), args, options, op=info(like).op, like=like)
+        qparams = result or info(like).qparams
+        self.edit.annotate(node, qparams=qparams, value=coded(info(like).value, qparams), plan=None, weight_plan=None)
+        return node
+
+    def moved(self, node: fx.Node, like: fx.Node, qparams: QParams, shape: tuple[int, ...] | None = None) -> None:
+        """Records that `node` holds codes with `qparams`, shaped as `like`'s value or as given."""
+        value = info(like).value if shape is None else TensorSpec(shape, torch.float32)
+        self.edit.annotate(node, qparams=qparams, value=coded(value, qparams), plan=None, weight_plan=None)
+
+    def tensor(self, like: fx.Node, role: str, tensor: torch.Tensor) -> fx.Node:
+        """A node that reads `tensor`, kept as a buffer named after `like`'s site and its role."""
+        path = f"{node_name(info(like).site)}_{role}"
+        return self.edit.constant(tensor, path=path, like=like)
+
+    def factor(self, like: fx.Node, factor: Factor) -> tuple[fx.Node, fx.Node | None]:
+        """Nodes for a stored factor's multiplier and shift."""
+        multiplier = self.tensor(like, "multiplier", factor.multiplier)
+        shift = None if factor.shift is None else self.tensor(like, "shift", factor.shift)
+        return multiplier, shift
+
+    def rescale(
+        self, like: fx.Node, real: torch.Tensor, step: str
+    ) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
+        """Nodes for one real factor (float64) under the target's arithmetic of `step`."""
+        arithmetic = self.target.step(step)
+        multiplier, shift = self.factor(like, arithmetic.rule.encode(real))
+        return multiplier, shift, arithmetic
+
+    def encode_sum(self, factors: torch.Tensor, arithmetic: Arithmetic) -> Factor:
+        """Factors `[terms, ...]` of one sum, as its rule stores them."""
+        if arithmetic.rule.form is ScaleForm.FLOAT:
+            return Factor(factors.to(torch.float32), None)
+        return encode_common_shift(factors, arithmetic.rule.bits)
+
+
+def bounds(
+    result: QParams, low: float | None = None, high: float | None = None
+) -> dict[str, Any]:
+    """The bounds and format options of an operator whose result is also limited to the reals [low, high]."""
+    qtype = result.qtype
+    limits = {"low": qtype.qmin, "high": qtype.qmax}
+    for name, value in (("low", low), ("high", high)):
+        if value is not None and abs(value) != float("inf"):
+            code = torch.round(torch.tensor(value, dtype=torch.float32) * (1.0 / result.scale)).item()
+            limits[name] = int(min(max(code, qtype.qmin), qtype.qmax))
+    return {**limits, "format": str(qtype)}
+
+
+def spatial(value: Any, rank: int) -> list[int]:
+    """An option given once or per dimension, as one integer per dimension."""
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    return [int(v) for v in (values if len(values) == rank else values * rank)]
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Shape of a tensor node on the example run.
+
+    Raises:
+        InternalError: it is not known.
+    """
+    spec = tensor_spec(node)
+    if spec is None:
+        raise InternalError("the shape of a value is not known", where=where(node))
+    return spec.shape
+
+
+def check_float_tensors(node: fx.Node) -> Verdict:
+    """What every lowering needs: a float32 tensor computed from float32 tensors of known shape."""
+    spec = tensor_spec(node)
+    if spec is None or spec.dtype is not torch.float32:
+        return no(f"its result is {info(node).value or 'unknown'}, not a float32 tensor", node)
+    for name, operand in bind(node).nodes():
+        theirs = tensor_spec(operand)
+        if theirs is None or theirs.dtype is not torch.float32:
+            return no(f"its operand {name} is {info(operand).value or 'unknown'}, not a float32 tensor", node)
+    return yes()
+
+
+def is_number(value: Any) -> bool:
+    """Whether an operand is a plain finite number."""
+    return isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
+
+
+def batch_is_free(node: fx.Node) -> bool:
+    """Whether the graph serves any batch size, so that dimension 0 must not enter a constant."""
+    owner = node.graph.owning_module
+    return isinstance(owner, fx.GraphModule) and graph_info(owner).batch_fixed is None
+
+
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def register_lowering(name: str, lowering: Lowering) -> Lowering:
+    """Adds a lowering under the name that op-table entries use.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name in LOWERINGS:
+        raise UserError(f"a lowering named {name!r} exists already", fix="choose another name")
+    LOWERINGS[name] = lowering
+    return lowering
+
+
+def lowering_of(node: fx.Node) -> Lowering | None:
+    """The lowering of a node's operator; None if it has none.
+
+    Raises:
+        InternalError: the op table names one that is not registered.
+    """
+    name = info(node).op.lowering
+    if name is None:
+        return None
+    if name not in LOWERINGS:
+        raise InternalError(f"no lowering is named {name!r}", where=where(node), fix=did_you_mean(name, LOWERINGS))
+    return LOWERINGS[name]
+
+
+def support(node: fx.Node, target: Target) -> Verdict:
+    """Whether a call can run in integers on `target`, and if not, why."""
+    op, lowering = info(node).op, lowering_of(node)
+    if info(node).in_place or info(node).unstable:
+        return no("its memory is written in place", node)
+    if lowering is None:
+        return no(f"no integer form of {op} is known", node)
+    if target.rule(op.name) is None:
+        return no(f"{target.name} has no {op}", node)
+    verdict = lowering.supports(node, target)
+    return verdict if not verdict else check_float_tensors(node) if _is_tensor(node) else yes()
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return not isinstance(info(node).value, tuple)
+
+
+def coded(value: Any, qparams: QParams | None) -> Any:
+    """A value's specification once it holds codes."""
+    if qparams is None:
+        return value
+    if isinstance(value, tuple):
+        return tuple(coded(entry, qparams) for entry in value)
+    return TensorSpec(value.shape, qparams.qtype.storage) if isinstance(value, TensorSpec) else value

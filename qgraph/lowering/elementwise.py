@@ -1,0 +1,214 @@
+"""Lowering of arithmetic, tables and bounds.
+
+    x + y, x - y    qz = saturate(round(qx * Mx +- qy * My, shift))          Mx ~ sx / sz, My ~ sy / sz
+    x * y           qz = saturate(rescale(qx * qy; sx * sy / sz))
+    x * w + b       qz = saturate(round(qx * M + B, shift))                  M ~ sx * w / sz, B ~ b / sz
+    f(x)            qz = table[qx]
+    relu            qz = max(qx, 0)                                          scale unchanged
+    clamp           qz = rescaled qx between the codes of the bounds
+A number as operand is exact: it enters M or B.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qgraph.ir.arguments import bind
+from qgraph.ir.node_info import info, module_of
+from qgraph.ir.op_table import DIV, RELU6, SUB
+from qgraph.lowering.base import Lowering, LoweringContext, bounds, coded, is_number, register_lowering
+from qgraph.numerics import QParams, build_table
+from qgraph.rewrite import Verdict, no, yes
+from qgraph.targets import Target
+
+
+class SumLowering(Lowering):
+    """add and sub, with `alpha`."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound = bind(node)
+        operands = [bound.operand(name) for name in bound.op.operands]
+        if not is_number(bound.option("alpha")):
+            return no("alpha is computed in the forward", node)
+        return _number_or_node(node, operands)
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound = bind(node)
+        sign = -float(bound.option("alpha")) if info(node).op is SUB else float(bound.option("alpha"))
+        operands, signs = [bound.operand("input"), bound.operand("other")], [1.0, sign]
+        if not all(isinstance(operand, fx.Node) for operand in operands):
+            number = next(i for i, operand in enumerate(operands) if not isinstance(operand, fx.Node))
+            one = torch.tensor(signs[1 - number], dtype=torch.float64)
+            shift = torch.tensor(signs[number] * operands[number], dtype=torch.float64)
+            return lower_affine(node, operands[1 - number], one, shift, ctx)
+        result, arithmetic = ctx.qparams(node), ctx.target.step("sum")
+        reals = [ctx.qparams(operand).scale.double() * s for operand, s in zip(operands, signs, strict=True)]
+        factor = ctx.encode_sum(torch.stack(reals) / result.scale.double(), arithmetic)
+        multipliers = [
+            ctx.tensor(node, f"multiplier_{name}", factor.multiplier[i]) for i, name in enumerate(("x", "y"))
+        ]
+        shift_node = None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)
+        return ctx.integer(
+            "add", *operands, *multipliers, shift_node, like=node, arithmetic=str(arithmetic), **bounds(result)
+        )
+
+
+class ProductOfValuesLowering(Lowering):
+    """mul, and div by a number."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound = bind(node)
+        operands = [bound.operand(name) for name in bound.op.operands]
+        if info(node).op is DIV and bound.option("rounding_mode") is not None:
+            return no("it rounds its quotient", node)
+        if info(node).op is DIV and (isinstance(operands[1], fx.Node) or not operands[1]):
+            return no("it divides by a computed value: decompose-composites takes it apart", node)
+        return _number_or_node(node, operands)
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound = bind(node)
+        x, y = bound.operand("input"), bound.operand("other")
+        if not isinstance(y, fx.Node):
+            factor = torch.tensor(float(y), dtype=torch.float64)
+            factor = 1.0 / factor if info(node).op is DIV else factor
+            return lower_affine(node, x, factor, None, ctx)
+        result = ctx.qparams(node)
+        real = ctx.qparams(x).scale.double() * ctx.qparams(y).scale.double() / result.scale.double()
+        multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
+        return ctx.integer(
+            "mul", x, y, multiplier, shift, like=node, arithmetic=str(arithmetic), **bounds(result)
+        )
+
+
+class AffineLowering(Lowering):
+    """A scale and shift per channel: multiplier and offset of one rescaling."""
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        module: Any = module_of(node)
+        weight, bias = module.weight.detach().double(), module.bias.detach().double()
+        return lower_affine(node, bind(node).operand("input"), weight, bias, ctx)
+
+
+class TableLowering(Lowering):
+    """Any function of one value: a table of the target's size."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        if info(node).op.scalar_function is None:
+            return no(f"the op table gives no function for {info(node).op}", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound = bind(node)
+        x, function = bound.operand("input"), bound.op.scalar_function
+        assert function is not None
+        options = bound.options()
+        source, result = ctx.qparams(x), ctx.qparams(node)
+        entries = ctx.target.table_entries(source.qtype)
+        table = build_table(lambda values: function(values, **options), source, result, entries=entries)
+        return ctx.integer("lookup", x, ctx.tensor(node, "table", table), like=node, source=str(source.qtype))
+
+
+class ReluLowering(Lowering):
+    """relu at an unchanged scale: real zero is code zero."""
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x = bind(node).operand("input")
+        qtype = ctx.qparams(x).qtype
+        return ctx.integer("clamp", x, like=node, result=ctx.qparams(x), low=0, high=qtype.qmax, format=str(qtype))
+
+
+class ClampLowering(Lowering):
+    """Bounds that may fall between codes: the result has a scale of its own."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        limits = _clamp_limits(node)
+        if any(isinstance(limit, fx.Node) for limit in limits):
+            return no("a bound is computed in the forward", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        one = torch.tensor(1.0, dtype=torch.float64)
+        low, high = _clamp_limits(node)
+        return lower_affine(node, bind(node).operand("input"), one, None, ctx, low=low, high=high)
+
+
+def lower_affine(
+    node: fx.Node,
+    x: fx.Node,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ctx: LoweringContext,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+) -> fx.Node:
+    """`x * weight + bias` between two bounds, as one rescaling of the codes of `x`.
+
+    Args:
+        weight, bias: real numbers, float64, broadcastable to `x`.
+        low, high: bounds of the result.
+    """
+    result = ctx.qparams(node)
+    scale = result.scale.double()
+    real = weight * ctx.qparams(x).scale.double() / scale
+    limits = bounds(result, low, high)
+    if bias is None:
+        multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
+        return ctx.integer(
+            "requantize", x, multiplier, shift, None, like=node, arithmetic=str(arithmetic), **limits
+        )
+    arithmetic = ctx.target.step("sum")
+    factor = ctx.encode_sum(real.unsqueeze(0), arithmetic)
+    multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])
+    offset = bias / scale
+    shift_node = None
+    if factor.shift is None:
+        offset = offset.to(torch.float32)
+    else:
+        shift_node = ctx.tensor(node, "shift", factor.shift)
+        offset = torch.round(torch.ldexp(offset, factor.shift.double())).to(torch.int64)
+    offset_node = ctx.tensor(node, "offset", offset)
+    return ctx.integer(
+        "requantize", x, multiplier, shift_node, offset_node, like=node, arithmetic=str(arithmetic), **limits
+    )
+
+
+def requantized_to(x: fx.Node, result: QParams, like: fx.Node, ctx: LoweringContext, role: str) -> fx.Node:
+    """`x` at another scale and format; `x` itself if it has them already."""
+    source = ctx.qparams(x)
+    if source.same_as(result):
+        return x
+    arithmetic = ctx.target.step("product")
+    factor = arithmetic.rule.encode(source.scale.double() / result.scale.double())
+    multiplier = ctx.tensor(like, f"{role}_multiplier", factor.multiplier)
+    shift = None if factor.shift is None else ctx.tensor(like, f"{role}_shift", factor.shift)
+    node = ctx.integer(
+        "requantize", x, multiplier, shift, None, like=like, result=result, arithmetic=str(arithmetic), **bounds(result)
+    )
+    ctx.edit.annotate(node, site=f"{info(like).site}.{role}", value=coded(info(x).value, result))
+    return node
+
+
+def _clamp_limits(node: fx.Node) -> tuple[Any, Any]:
+    if info(node).op is RELU6:
+        return 0.0, 6.0
+    bound = bind(node)
+    return bound.option("min"), bound.option("max")
+
+
+def _number_or_node(node: fx.Node, operands: list[Any]) -> Verdict:
+    for operand in operands:
+        if not isinstance(operand, fx.Node) and not is_number(operand):
+            return no(f"it computes with {operand!r}", node)
+    return yes()
+
+
+register_lowering("add", SumLowering())
+register_lowering("mul", ProductOfValuesLowering())
+register_lowering("affine", AffineLowering())
+register_lowering("table", TableLowering())
+register_lowering("relu", ReluLowering())
+register_lowering("clamp", ClampLowering())

@@ -1,0 +1,246 @@
+"""Lowering of pooling, reductions and resizing.
+
+    max pool      the largest code, scale unchanged
+    average       qy = saturate(rescale(sum(qx); sx / (n * sy)))     n: elements of the window, per position if it varies
+    sum           the same with n = 1
+    nearest       codes moved, scale unchanged
+    bilinear      qy = saturate(rescale(sum(qx * w); sx / (sy * 2**(2 * bits))))
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from qgraph.ir.arguments import bind
+from qgraph.ir.node_info import info
+from qgraph.ir.op_table import MEAN
+from qgraph.lowering.base import (
+    Lowering,
+    LoweringContext,
+    batch_is_free,
+    bounds,
+    register_lowering,
+    shape_of,
+    spatial,
+)
+from qgraph.rewrite import Verdict, no, yes
+from qgraph.targets import Target
+
+
+def _rank(node: fx.Node) -> int:
+    return int(info(node).op.name[-2])
+
+
+class MaxPoolLowering(Lowering):
+    """Max pooling: selection, so any scale fits."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        return no("it also returns indices", node) if bind(node).option("return_indices") else yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound, rank = bind(node), _rank(node)
+        kernel = spatial(bound.option("kernel_size"), rank)
+        stride = bound.option("stride")
+        x = bound.operand("input")
+        return ctx.integer(
+            "max_pool",
+            x,
+            like=node,
+            result=ctx.qparams(x),
+            kernel_size=kernel,
+            stride=kernel if stride is None else spatial(stride, rank),
+            padding=spatial(bound.option("padding"), rank),
+            dilation=spatial(bound.option("dilation"), rank),
+            ceil_mode=bool(bound.option("ceil_mode")),
+        )
+
+
+class AvgPoolLowering(Lowering):
+    """Average pooling; the number of elements counted may differ at the edges."""
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound, rank = bind(node), _rank(node)
+        x = bound.operand("input")
+        kernel = spatial(bound.option("kernel_size"), rank)
+        stride = kernel if bound.option("stride") is None else spatial(bound.option("stride"), rank)
+        padding = spatial(bound.option("padding"), rank)
+        size_in, size_out = shape_of(x)[-rank:], shape_of(node)[-rank:]
+        counts = _window_counts(size_in, size_out, kernel, stride, padding, bool(bound.option("count_include_pad")))
+        divisor = bound.values.get("divisor_override")
+        if divisor:
+            counts = torch.full_like(counts, float(divisor))
+        return _averaged(
+            "avg_pool", node, x, counts, ctx, kernel_size=kernel, stride=stride, padding=padding, output_size=list(size_out)
+        )
+
+
+class AdaptiveAvgPoolLowering(Lowering):
+    """Adaptive average pooling: windows of up to two lengths per dimension."""
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        rank, x = _rank(node), bind(node).operand("input")
+        size_in, size_out = shape_of(x)[-rank:], shape_of(node)[-rank:]
+        lengths = [
+            torch.tensor([-((-(i + 1) * length) // n) - i * length // n for i in range(n)], dtype=torch.float64)
+            for length, n in zip(size_in, size_out, strict=True)
+        ]
+        return _averaged("adaptive_avg_pool", node, x, _outer(lengths), ctx, output_size=list(size_out))
+
+
+class ReduceLowering(Lowering):
+    """mean and sum over fixed dimensions."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound = bind(node)
+        dims = _dims(node)
+        if bound.option("dtype") not in (None, torch.float32):
+            return no(f"it computes in {bound.option('dtype')}", node)
+        if info(node).op is MEAN and 0 in dims and batch_is_free(node):
+            return no("it averages over the batch, whose size is free", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x, dims = bind(node).operand("input"), _dims(node)
+        count = math.prod(shape_of(x)[dim] for dim in dims) if info(node).op is MEAN else 1
+        keepdim = bool(bind(node).option("keepdim"))
+        counts = torch.tensor(float(count), dtype=torch.float64)
+        return _averaged("reduce_sum", node, x, counts, ctx, dims=dims, keepdim=keepdim)
+
+
+class InterpolateLowering(Lowering):
+    """Nearest and bilinear resizing to a fixed size."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound = bind(node)
+        mode = bound.option("mode")
+        if mode not in ("nearest", "bilinear"):
+            return no(f"mode {mode!r} has no integer form yet", node)
+        if bound.option("antialias"):
+            return no("it smooths before it shrinks (antialias)", node)
+        sizes = (bound.option("size"), bound.option("scale_factor"))
+        if any(isinstance(v, fx.Node) for size in sizes for v in (size if isinstance(size, (list, tuple)) else [size])):
+            return no("its size is computed in the forward", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound = bind(node)
+        x = bound.operand("input")
+        rank = len(shape_of(x)) - 2
+        steps = _steps(bound, shape_of(x)[2:], shape_of(node)[2:])
+        if bound.option("mode") == "nearest":
+            return self._nearest(node, x, rank, steps, ctx)
+        bits = ctx.target.weight_bits
+        align = bool(bound.option("align_corners"))
+        rows, columns = (
+            _bilinear_table(size_in, size_out, step, align, bits)
+            for size_in, size_out, step in zip(shape_of(x)[2:], shape_of(node)[2:], steps, strict=True)
+        )
+        result = ctx.qparams(node)
+        real = ctx.qparams(x).scale.double() / result.scale.double() / 2.0 ** (2 * bits)
+        multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
+        tables = [ctx.tensor(node, "rows", rows), ctx.tensor(node, "columns", columns)]
+        options = {"weight_bits": bits, "arithmetic": str(arithmetic), **bounds(result)}
+        return ctx.integer("resize_bilinear", x, *tables, multiplier, shift, like=node, **options)
+
+    def _nearest(self, node: fx.Node, x: fx.Node, rank: int, steps: list[float], ctx: LoweringContext) -> fx.Node:
+        current = x
+        for axis in range(rank):
+            size_in, size_out = shape_of(x)[2 + axis], shape_of(node)[2 + axis]
+            positions = torch.arange(size_out, dtype=torch.float32) * torch.tensor(steps[axis], dtype=torch.float32)
+            index = torch.floor(positions).to(torch.int64).clamp(max=size_in - 1)
+            indices = ctx.tensor(node, f"index_{axis}", index)
+            current = ctx.edit.call_function(
+                torch.index_select, (current, 2 + axis, indices), op=info(node).op, like=node
+            )
+            shape = [*shape_of(x)[:2], *shape_of(node)[2 : 3 + axis], *shape_of(x)[3 + axis :]]
+            ctx.moved(current, node, ctx.qparams(x), tuple(shape))
+        return current
+
+
+def _averaged(
+    name: str, node: fx.Node, x: fx.Node, counts: torch.Tensor, ctx: LoweringContext, **options: Any
+) -> fx.Node:
+    result = ctx.qparams(node)
+    real = ctx.qparams(x).scale.double() / result.scale.double() / counts
+    multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
+    return ctx.integer(
+        name, x, multiplier, shift, like=node, **options, arithmetic=str(arithmetic), **bounds(result)
+    )
+
+
+def _window_counts(
+    size_in: tuple[int, ...],
+    size_out: tuple[int, ...],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    include_pad: bool,
+) -> torch.Tensor:
+    """Elements each window counts, float64 `[*size_out]`, or `[]` if all count the same.
+
+    As torch counts: padding within the padded input is counted if asked for; what a window of ceil_mode reaches
+    beyond the padded input never is.
+    """
+    lengths = []
+    for n_in, n_out, k, step, pad in zip(size_in, size_out, kernel, stride, padding, strict=True):
+        starts = torch.arange(n_out, dtype=torch.float64) * step - pad
+        ends = torch.clamp(starts + k, max=n_in + pad)
+        if not include_pad:
+            starts, ends = torch.clamp(starts, min=0), torch.clamp(ends, max=n_in)
+        lengths.append(ends - starts)
+    return _outer(lengths)
+
+
+def _outer(lengths: list[torch.Tensor]) -> torch.Tensor:
+    """The outer product of per-dimension lengths; 0-d where it is constant."""
+    total = torch.ones((), dtype=torch.float64)
+    for axis, values in enumerate(lengths):
+        total = total * values.reshape(-1, *[1] * (len(lengths) - 1 - axis))
+    return total.flatten()[0] if bool((total == total.flatten()[0]).all()) else total
+
+
+def _dims(node: fx.Node) -> list[int]:
+    """Reduced dimensions, not negative; all of them if none is given."""
+    bound = bind(node)
+    rank = len(shape_of(bound.operand("input")))
+    dim = bound.option("dim")
+    chosen = range(rank) if dim is None or dim == () or dim == [] else dim if isinstance(dim, (list, tuple)) else [dim]
+    return sorted({int(d) % rank for d in chosen})
+
+
+def _steps(bound: Any, size_in: tuple[int, ...], size_out: tuple[int, ...]) -> list[float]:
+    """Input elements per output element as torch uses them: one over a given scale factor, else the ratio of sizes."""
+    factor = bound.option("scale_factor")
+    recompute = bound.option("recompute_scale_factor")
+    if factor is None or recompute:
+        return [n_in / n_out for n_in, n_out in zip(size_in, size_out, strict=True)]
+    factors = list(factor) if isinstance(factor, (list, tuple)) else [factor] * len(size_in)
+    return [1.0 / float(f) for f in factors]
+
+
+def _bilinear_table(size_in: int, size_out: int, step: float, align: bool, bits: int) -> torch.Tensor:
+    """Index before, index after and weight of the one after, int64 `[3, size_out]`; positions in float32 as torch has."""
+    position = torch.arange(size_out, dtype=torch.float32)
+    if align:
+        scale = (size_in - 1) / (size_out - 1) if size_out > 1 else 0.0
+        source = position * torch.tensor(scale, dtype=torch.float32)
+    else:
+        source = ((position + 0.5) * torch.tensor(step, dtype=torch.float32) - 0.5).clamp(min=0)
+    before = torch.floor(source).to(torch.int64).clamp(max=size_in - 1)
+    after = (before + 1).clamp(max=size_in - 1)
+    weight = torch.round((source - before) * float(1 << bits)).to(torch.int64)
+    return torch.stack([before, after, weight])
+
+
+for _name, _lowering in {
+    "max_pool": MaxPoolLowering(),
+    "avg_pool": AvgPoolLowering(),
+    "adaptive_avg_pool": AdaptiveAvgPoolLowering(),
+    "reduce": ReduceLowering(),
+    "interpolate": InterpolateLowering(),
+}.items():
+    register_lowering(_name, _lowering)

@@ -1,0 +1,67 @@
+"""`convert`: from a calibrated or trained graph to integers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from torch import fx
+
+from qgraph.ir.node_info import graph_info, update_graph_info
+from qgraph.memory import paused_collection
+from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
+from qgraph.quantization.sites import require_prepared, set_fake_quantize
+from qgraph.quantization.states import FakeQuantState
+from qgraph.targets import get_target
+
+CONVERT = "freeze-qparams,lower-to-integer,clean-up-integer"
+
+
+def convert_pipeline(*, strict: bool = False) -> Pipeline:
+    """The passes `convert` runs, to be changed and given back to it."""
+    return Pipeline.parse(CONVERT.replace("lower-to-integer", "lower-to-integer{strict=true}") if strict else CONVERT)
+
+
+def convert(
+    model: fx.GraphModule,
+    *,
+    strict: bool = False,
+    pipeline: Pipeline | None = None,
+    checks: CheckLevel = CheckLevel.NUMERICS,
+    observers: Iterable[PassObserver] = (),
+) -> fx.GraphModule:
+    """The integer graph of a prepared model.
+
+    Args:
+        model: a calibrated or trained graph; it is not changed.
+        strict: refuse graphs in which operators stay in float.
+        pipeline: the passes to run; those of `convert_pipeline()` if None.
+        checks: how much to check after each pass.
+        observers: objects that watch the passes.
+
+    Returns:
+        A `GraphModule` in stage INTEGER of `torch.ops.qgraph` operators. It takes and returns what the float model does.
+
+    Raises:
+        StateError: the model has not been calibrated.
+        QuantizationError: a scale cannot be used, or `strict` and operators stay in float.
+        UserError: `model` is not prepared.
+    """
+    gm = require_prepared(model, "convert")
+    with paused_collection():
+        frozen = _settled_copy(gm)
+        target = get_target(graph_info(gm).target or "bpu")
+        ctx = PassContext(example=graph_info(gm).example, target=target)
+        chosen = pipeline or convert_pipeline(strict=strict)
+        result = chosen.run(frozen, ctx, checks=checks, observers=observers)
+    update_graph_info(result.gm, expected=None)
+    return result.gm
+
+
+def _settled_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in state VALIDATION, so that neither the states nor the scales of the original move."""
+    twin = copy.deepcopy(gm)
+    set_fake_quantize(twin, FakeQuantState.VALIDATION)
+    update_graph_info(twin, expected=None)
+    return twin
+

@@ -1,0 +1,157 @@
+"""Fake quantization as a module: one per site."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qgraph.errors import QuantizationError, StateError
+from qgraph.numerics import QParams, QType, bias_codes, fake_quantize, qparams_from_scale
+from qgraph.quantization.observers import Observer
+from qgraph.quantization.states import FakeQuantState
+
+
+class FakeQuantize(nn.Module):
+    """Observes or rounds the values of one site, depending on its state.
+
+    Args:
+        site: the site's name, for messages.
+        qtype: integer format of the codes.
+        observer: finds the range; None with `fixed_scale`.
+        fixed_scale: a scale that no state ever changes.
+
+    Buffers:
+        scale: float32 `[]` or `[C]`; empty before the scale is known.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(
+        self, site: str, qtype: QType, observer: Observer | None, *, fixed_scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.site = site
+        self.qtype = qtype
+        self.observer = observer
+        self.fixed_scale = fixed_scale
+        self.state = FakeQuantState.FLOAT
+        self.register_buffer("scale", torch.zeros(0))
+        self._cached: QParams | None = None
+        if fixed_scale is not None:
+            self.scale = qparams_from_scale(fixed_scale, qtype).scale
+        elif observer is None:
+            raise QuantizationError(f"site {site} has neither an observer nor a fixed scale")
+
+    @property
+    def axis(self) -> int | None:
+        """Dimension of per-slice scales; None for one scale per tensor."""
+        return None if self.observer is None or self.observer.ch_axis < 0 else self.observer.ch_axis
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the scale is known."""
+        return self.scale.dim() == 0 or self.scale.numel() > 0
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` (float, any shape), rounded to the site's grid in QAT and VALIDATION, unchanged otherwise."""
+        if self.state is FakeQuantState.FLOAT:
+            return values
+        if self.state is not FakeQuantState.VALIDATION and self.observer is not None:
+            self.observer(values)
+            if self.state is FakeQuantState.CALIBRATION:
+                return values
+            self.settle()
+        if self.state is FakeQuantState.CALIBRATION:
+            return values
+        return fake_quantize(values, self.qparams())
+
+    def settle(self) -> None:
+        """Computes the scale from what was observed.
+
+        Raises:
+            QuantizationError: nothing was observed, or the values were not finite; the message names the site.
+        """
+        if self.fixed_scale is not None or self.observer is None:
+            return
+        try:
+            found = self.observer.qparams(self.qtype)
+        except QuantizationError as error:
+            raise QuantizationError(error.what, where=f"site {self.site}", why=error.why, fix=error.fix) from error
+        self.scale = found.scale
+        self._cached = found
+
+    def qparams(self) -> QParams:
+        """The site's parameters.
+
+        Raises:
+            StateError: the scale is not known yet.
+        """
+        if not self.has_scale:
+            raise StateError(
+                f"site {self.site} has no scale yet",
+                why="the model has not been calibrated",
+                fix="run qgraph.calibrate(model, loader) first",
+            )
+        if self._cached is None or self._cached.scale is not self.scale:
+            self._cached = QParams(self.scale, self.qtype, axis=self.axis)
+        return self._cached
+
+    def extra_repr(self) -> str:
+        step = f"{self.scale.item():.6g}" if self.scale.dim() == 0 else f"[{self.scale.numel()}]"
+        return f"{self.qtype}, scale={step}, state={self.state}"
+
+    def _apply(self, fn, recurse: bool = True) -> FakeQuantize:  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self._cached = None
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        saved = state_dict.get(prefix + "scale")
+        if saved is not None and self.fixed_scale is None:
+            self.scale = torch.empty_like(saved, device=self.scale.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._cached = None
+
+
+class WeightFakeQuantize(FakeQuantize):
+    """As `FakeQuantize`, for a weight: looked at once per calibration, because it does not change with the data."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if self.state is FakeQuantState.CALIBRATION:
+            if self.observer is not None and not self.observer.observed:
+                self.observer(values)
+            return values
+        if self.state is FakeQuantState.QAT and self.observer is not None:
+            self.observer.reset()
+            self.observer(values)
+            self.settle()
+            return fake_quantize(values, self.qparams())
+        return super().forward(values)
+
+
+class BiasFakeQuantize(nn.Module):
+    """Rounds a bias to the accumulator's grid, whose step is input scale times weight scale.
+
+    The step follows from two other sites, so it is written by `refresh_bias_scales` when the graph enters VALIDATION; in
+    the other states the bias passes unchanged, as its rounding is far below one step of the result.
+    """
+
+    step: torch.Tensor
+
+    def __init__(self, site: str) -> None:
+        super().__init__()
+        self.site = site
+        self.state = FakeQuantState.FLOAT
+        self.register_buffer("step", torch.zeros(0))
+
+    def forward(self, bias: torch.Tensor) -> torch.Tensor:
+        """`bias` `[C]`, rounded to multiples of `step` `[C]` or `[]` in VALIDATION."""
+        if self.state is not FakeQuantState.VALIDATION or (self.step.dim() > 0 and self.step.numel() == 0):
+            return bias
+        return (bias_codes(bias, self.step) * self.step).to(bias.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        saved = state_dict.get(prefix + "step")
+        if saved is not None:
+            self.step = torch.empty_like(saved, device=self.step.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

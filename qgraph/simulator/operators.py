@@ -1,0 +1,123 @@
+"""The integer operators as torch operators, `torch.ops.qgraph.*`.
+
+Registered with the reference kernels and with fake kernels, so that an integer graph runs as it is, on any device, and
+under torch.compile and torch.export. The simulator does not go through here: it calls kernels directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qgraph.ir.integer import NAMESPACE
+from qgraph.numerics import parse_qtype
+from qgraph.simulator.reference import KERNELS
+
+_BOUNDS = "str arithmetic, int low, int high, str format"
+_PRODUCT = "Tensor? bias, Tensor? residual, Tensor? multiplier, Tensor? shift, Tensor? residual_multiplier"
+_WINDOW = "int[] kernel_size, int[] stride, int[] padding"
+
+SCHEMAS: dict[str, str] = {
+    "quantize": "(Tensor x, Tensor scale, *, str format) -> Tensor",
+    "dequantize": "(Tensor x, Tensor scale, *, int axis) -> Tensor",
+    "requantize": f"(Tensor x, Tensor multiplier, Tensor? shift, Tensor? offset, *, {_BOUNDS}) -> Tensor",
+    "conv": f"(Tensor x, Tensor weight, {_PRODUCT}, *, int[] stride, int[] padding, int[] dilation, "
+    f"int[] output_padding, bool transposed, int groups, {_BOUNDS}) -> Tensor",
+    "linear": f"(Tensor x, Tensor weight, {_PRODUCT}, *, {_BOUNDS}) -> Tensor",
+    "matmul": f"(Tensor x, Tensor y, Tensor? multiplier, Tensor? shift, *, {_BOUNDS}) -> Tensor",
+    "add": f"(Tensor x, Tensor y, Tensor multiplier_x, Tensor multiplier_y, Tensor? shift, *, {_BOUNDS}) -> Tensor",
+    "mul": f"(Tensor x, Tensor y, Tensor multiplier, Tensor? shift, *, {_BOUNDS}) -> Tensor",
+    "lookup": "(Tensor x, Tensor table, *, str source) -> Tensor",
+    "clamp": "(Tensor x, *, int low, int high, str format) -> Tensor",
+    "max_pool": f"(Tensor x, *, {_WINDOW}, int[] dilation, bool ceil_mode) -> Tensor",
+    "avg_pool": f"(Tensor x, Tensor multiplier, Tensor? shift, *, {_WINDOW}, int[] output_size, {_BOUNDS}) -> Tensor",
+    "adaptive_avg_pool": f"(Tensor x, Tensor multiplier, Tensor? shift, *, int[] output_size, {_BOUNDS}) -> Tensor",
+    "reduce_sum": f"(Tensor x, Tensor multiplier, Tensor? shift, *, int[] dims, bool keepdim, {_BOUNDS}) -> Tensor",
+    "resize_bilinear": "(Tensor x, Tensor rows, Tensor columns, Tensor multiplier, Tensor? shift, *, "
+    f"int weight_bits, {_BOUNDS}) -> Tensor",
+}
+
+
+# --- fake kernels: shapes and dtypes without values ----------------------------------------------------------------
+
+
+def _like(x: torch.Tensor, shape: Sequence[int], format: str) -> torch.Tensor:
+    return x.new_empty(list(shape), dtype=parse_qtype(format).storage)
+
+
+def _fake_conv(x, weight, bias, residual, multiplier, shift, residual_multiplier, **options):  # type: ignore[no-untyped-def]
+    rank, groups = weight.dim() - 2, options["groups"]
+    out = [x.shape[0], weight.shape[1] * groups if options["transposed"] else weight.shape[0]]
+    for axis in range(rank):
+        size, kernel = x.shape[2 + axis], weight.shape[2 + axis]
+        step, pad, dilation = (options[name][axis] for name in ("stride", "padding", "dilation"))
+        reach = dilation * (kernel - 1)
+        if options["transposed"]:
+            out.append((size - 1) * step - 2 * pad + reach + options["output_padding"][axis] + 1)
+        else:
+            out.append((size + 2 * pad - reach - 1) // step + 1)
+    return _like(x, out, options["format"])
+
+
+def _fake_max_pool(x, **options):  # type: ignore[no-untyped-def]
+    rank = len(options["kernel_size"])
+    out = list(x.shape[:-rank])
+    for axis in range(rank):
+        size, kernel = x.shape[axis - rank], options["kernel_size"][axis]
+        step, pad, dilation = (options[name][axis] for name in ("stride", "padding", "dilation"))
+        span = size + 2 * pad - dilation * (kernel - 1) - 1
+        count = -(-span // step) + 1 if options["ceil_mode"] else span // step + 1
+        if options["ceil_mode"] and (count - 1) * step >= size + pad:
+            count -= 1
+        out.append(count)
+    return x.new_empty(out)
+
+
+def _fake_pool(x, multiplier, shift, **options):  # type: ignore[no-untyped-def]
+    size = options["output_size"]
+    return _like(x, [*x.shape[: x.dim() - len(size)], *size], options["format"])
+
+
+def _fake_reduce(x, multiplier, shift, *, dims, keepdim, format, **options):  # type: ignore[no-untyped-def]
+    reduced = {dim % x.dim() for dim in dims}
+    shape = [1 if axis in reduced else size for axis, size in enumerate(x.shape) if keepdim or axis not in reduced]
+    return _like(x, shape, format)
+
+
+FAKES: dict[str, Any] = {
+    "quantize": lambda x, scale, *, format: _like(x, x.shape, format),
+    "dequantize": lambda x, scale, *, axis: x.new_empty(x.shape, dtype=torch.float32),
+    "requantize": lambda x, m, s, o, *, format, **_: _like(x, torch.broadcast_shapes(x.shape, m.shape), format),
+    "conv": _fake_conv,
+    "linear": lambda x, weight, *_, format, **__: _like(x, [*x.shape[:-1], weight.shape[0]], format),
+    "matmul": lambda x, y, *_, format, **__: _like(x, _matmul_shape(x, y), format),
+    "add": lambda x, y, *_, format, **__: _like(x, torch.broadcast_shapes(x.shape, y.shape), format),
+    "mul": lambda x, y, *_, format, **__: _like(x, torch.broadcast_shapes(x.shape, y.shape), format),
+    "lookup": lambda x, table, *, source: x.new_empty(x.shape, dtype=table.dtype),
+    "clamp": lambda x, *, low, high, format: _like(x, x.shape, format),
+    "max_pool": _fake_max_pool,
+    "avg_pool": _fake_pool,
+    "adaptive_avg_pool": _fake_pool,
+    "reduce_sum": _fake_reduce,
+    "resize_bilinear": lambda x, rows, columns, *_, format, **__: _like(
+        x, [*x.shape[:2], rows.shape[1], columns.shape[1]], format
+    ),
+}
+
+
+def _matmul_shape(x: torch.Tensor, y: torch.Tensor) -> list[int]:
+    if x.dim() == 1 or y.dim() == 1:
+        left = x.shape[:-1] if x.dim() > 1 else ()
+        right = (*y.shape[:-2], y.shape[-1]) if y.dim() > 1 else ()
+        return [*left, *right]
+    return [*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]]
+
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, KERNELS[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", FAKES[_name], lib=_LIBRARY)

@@ -1,0 +1,126 @@
+"""Reference kernels: convolutions, linear and matrix products.
+
+    acc = sum(x * w) + bias                             exact, then as the accumulator holds it
+    y   = saturate(rescale(acc))                        without a residual
+    y   = saturate(round(acc * Ma + r * Mr, shift))     with one: both terms at one shift, rounded once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from qgraph.numerics import parse_arithmetic
+from qgraph.simulator.reference.common import accumulated, along_channels, finished, requantized, wide
+from qgraph.simulator.trace import KernelTrace
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    multiplier: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual_multiplier: torch.Tensor | None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    transposed: bool,
+    groups: int,
+    arithmetic: str,
+    low: int,
+    high: int,
+    format: str,
+    trace: KernelTrace | None = None,
+) -> torch.Tensor:
+    """`x` `[N, C_in, *in]`, `weight` as torch lays it out, `bias` int32 `[C_out]`; result `[N, C_out, *out]`."""
+    rank = weight.dim() - 2
+    if transposed:
+        options = (list(stride), list(padding), list(output_padding), groups, list(dilation))
+        sums = _TRANSPOSED[rank - 1](_exact(x), _exact(weight), None, *options)
+    else:
+        sums = _CONVOLUTIONS[rank - 1](_exact(x), _exact(weight), None, list(stride), list(padding), list(dilation), groups)
+    sums = wide(sums)
+    if bias is not None:
+        sums = sums + wide(bias).reshape(-1, *[1] * rank)
+    parameters = [along_channels(value, rank + 2) for value in (multiplier, shift, residual_multiplier)]
+    return _finish_product(sums, residual, *parameters, arithmetic, low, high, format, trace)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    multiplier: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual_multiplier: torch.Tensor | None,
+    *,
+    arithmetic: str,
+    low: int,
+    high: int,
+    format: str,
+    trace: KernelTrace | None = None,
+) -> torch.Tensor:
+    """`x` `[*, in]`, `weight` `[out, in]`, `bias` int32 `[out]`; result `[*, out]`."""
+    sums = wide(torch.matmul(_exact(x), _exact(weight).t()))
+    if bias is not None:
+        sums = sums + wide(bias)
+    return _finish_product(
+        sums, residual, multiplier, shift, residual_multiplier, arithmetic, low, high, format, trace
+    )
+
+
+def matmul(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    *,
+    arithmetic: str,
+    low: int,
+    high: int,
+    format: str,
+    trace: KernelTrace | None = None,
+) -> torch.Tensor:
+    """The matrix product of `x` `[*, n, k]` and `y` `[*, k, m]`."""
+    sums = wide(torch.matmul(_exact(x), _exact(y)))
+    return _finish_product(sums, None, multiplier, shift, None, arithmetic, low, high, format, trace)
+
+
+def _finish_product(
+    sums: torch.Tensor,
+    residual: torch.Tensor | None,
+    multiplier: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual_multiplier: torch.Tensor | None,
+    arithmetic: str,
+    low: int,
+    high: int,
+    format: str,
+    trace: KernelTrace | None,
+) -> torch.Tensor:
+    word = parse_arithmetic(arithmetic)
+    if multiplier is None:  # a high-precision output: the accumulator itself
+        return finished(accumulated(sums, word, trace), low, high, format, trace)
+    if residual is None or residual_multiplier is None:
+        return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
+    held = accumulated(sums, word, trace)
+    scaled = word.rule.apply_sum([held, wide(residual)], [multiplier, residual_multiplier], shift)
+    return finished(scaled, low, high, format, trace)
+
+
+def _exact(codes: torch.Tensor) -> torch.Tensor:
+    """Codes in a dtype in which products and sums are exact: int64, or float64 where int64 has no kernels (CUDA).
+
+    Sums stay below 2**53 for every legal operand format and fewer than 2**23 products.
+    """
+    return codes.to(torch.int64 if codes.device.type == "cpu" else torch.float64)
