@@ -6,6 +6,7 @@ reads goes. Bit exact.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,13 +15,14 @@ from torch import fx
 
 from qgraph.ir.editor import Editor
 from qgraph.ir.integer import integer_name
-from qgraph.ir.node_info import tensor_at
+from qgraph.ir.node_info import info, tensor_at
 from qgraph.ir.stage import Stage
 from qgraph.pipeline import Pass, PassContext, PassResult
 from passes.eliminate_dead_code import has_effect
 from passes.fold_constants import fold
 
 _PURE = ("requantize", "quantize")
+_WORTH_MERGING = 64  # elements; small constants keep names of their own
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,25 @@ class CleanUpInteger(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
         fold(edit, largest=1 << 30, stubs=True)
+        _merge_constants(edit)
         _merge_equal(edit)
         for node in reversed(list(gm.graph.nodes)):
             if not node.users and not has_effect(node):
                 edit.erase(node)
         return PassResult(gm, edit.changes > 0)
+
+
+def _merge_constants(edit: Editor) -> None:
+    """Constants that hold the same numbers, such as the weight of a shared convolution, are kept once."""
+    known: dict[tuple[Any, ...], fx.Node] = {}
+    for node in edit.graph.find_nodes(op="get_attr"):
+        tensor = tensor_at(edit.gm, str(node.target))
+        if tensor.numel() < _WORTH_MERGING:
+            continue
+        digest = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()).digest()
+        first = known.setdefault((tuple(tensor.shape), tensor.dtype, digest), node)
+        if first is not node and info(first).qparams is info(node).qparams:
+            edit.bypass(node, first)
 
 
 def _merge_equal(edit: Editor) -> None:

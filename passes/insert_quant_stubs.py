@@ -109,7 +109,9 @@ def _wanted(node: fx.Node, operands: list[_Domain], before: set[fx.Node]) -> tup
     if node in before:
         return _Domain.REAL, _BEFORE_STUB
     if _Domain.RAW not in operands and _Domain.REAL not in operands:
-        return _Domain.CONSTANT, None
+        # What folding left depends on the batch size only: expanding codes is cheaper than expanding reals.
+        moves = bool(operands) and quant_rule(node) is QuantRule.SAME
+        return (_Domain.CODES if moves else _Domain.CONSTANT), None
     if _Domain.RAW not in operands and quant_rule(node) is QuantRule.SAME:
         return _Domain.REAL, None  # moving what an operator in float made gains nothing from codes
     return _Domain.CODES, None

@@ -89,17 +89,15 @@ def _name(node: fx.Node, record: NodeInfo) -> str:
     integer = integer_name(node.target)
     if integer is not None:
         return f"qgraph.{integer}"
-    if record.op is not OPAQUE:
-        return record.op.name
+    return record.op.name if record.op is not OPAQUE else called_name(node)
+
+
+def called_name(node: fx.Node) -> str:
+    """What a node calls, in words: a module's class, a method or a function's name."""
     if node.op == "call_module":
         return type(module_of(node)).__name__
-    return target_name(node)
-
-
-def target_name(node: fx.Node) -> str:
-    """What a node calls, in words: a module path, a method or a qualified function name."""
     if isinstance(node.target, str):
-        return node.target if node.op == "call_module" else f".{node.target}"
+        return f".{node.target}"
     if isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target.namespace}.{node.target._opname}"
     name = getattr(node.target, "__name__", "function")

@@ -18,7 +18,9 @@ from qgraph.ir.arguments import bind
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.integer import integer_operator
 from qgraph.ir.node_info import graph_info, info, where
+from qgraph.ir.op_table import OPAQUE
 from qgraph.ir.shapes import tensor_spec
+from qgraph.ir.text import called_name
 from qgraph.ir.values import TensorSpec
 from qgraph.numerics import Arithmetic, Factor, QParams, ScaleForm, encode_common_shift
 from qgraph.rewrite import Verdict, no, yes
@@ -187,7 +189,7 @@ def support(node: fx.Node, target: Target) -> Verdict:
     if info(node).in_place or info(node).unstable:
         return no("its memory is written in place", node)
     if lowering is None:
-        return no(f"no integer form of {op} is known", node)
+        return no(f"no integer form of {called_name(node) if op is OPAQUE else op} is known", node)
     if target.rule(op.name) is None:
         return no(f"{target.name} has no {op}", node)
     verdict = lowering.supports(node, target)
