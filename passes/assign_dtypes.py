@@ -1,9 +1,9 @@
 """Decides the number format of every site.
 
-In order, for each site: a fixed choice (a stub's scale, an inner step of a composite), else the first qconfig setter that
-answers; then the target's legal combinations. A default that is illegal is changed to the nearest legal choice, an
-explicit one is refused. Every decision keeps the rule that made it and what that rule overrode. Nothing is computed
-differently yet, except that an operand in the wrong format gets a stub that converts it.
+In order, for each site: a fixed choice (a stub's scale, an inner step of a composite), else the first qconfig setter
+that answers; then the target's legal combinations. A default that is illegal is changed to the nearest legal choice,
+an explicit one is refused. Every decision keeps the rule that made it and what that rule overrode. Nothing is
+computed differently yet, except that an operand in the wrong format gets a stub that converts it.
 """
 
 from __future__ import annotations

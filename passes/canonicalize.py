@@ -97,9 +97,7 @@ def _plain_call(node: fx.Node, bound: Bound, edit: Editor) -> None:
     _respell(node, bound.op.target, args, kwargs, bound.op, edit)
 
 
-def _respell(
-    node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: Op, edit: Editor
-) -> None:
+def _respell(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: Op, edit: Editor) -> None:
     same = node.op == "call_function" and node.target is target and info(node).op is op
     if not same or node.args != args or dict(node.kwargs) != kwargs:
         edit.respell(node, "call_function", target, args, kwargs, op=op)
@@ -163,7 +161,9 @@ def _convolution(node: fx.Node, edit: Editor) -> bool:
     else:
         plain.padding = (0,) * (len(amounts) // 2)
         options: dict[str, Any] = {} if mode == "zeros" else {"mode": mode}
-        padded = edit.call(ops.PAD, node.args[0], like=node, site=f"{info(node).site}.pad", pad=tuple(amounts), **options)
+        padded = edit.call(
+            ops.PAD, node.args[0], like=node, site=f"{info(node).site}.pad", pad=tuple(amounts), **options
+        )
         edit.annotate(padded, value=_padded_spec(node.args[0], amounts))
         edit.replace_input(node, node.all_input_nodes[0], padded)
     plain._reversed_padding_repeated_twice = [n for amount in plain.padding[::-1] for n in (amount, amount)]
@@ -184,7 +184,10 @@ def _padded_spec(source: Any, amounts: list[int]) -> TensorSpec | None:
 
 
 def _is_shared(node: fx.Node) -> bool:
-    return any(other is not node and other.target == node.target for other in node.graph.find_nodes(op="call_module", target=str(node.target)))
+    return any(
+        other is not node and other.target == node.target
+        for other in node.graph.find_nodes(op="call_module", target=str(node.target))
+    )
 
 
 def _module_from_function(node: fx.Node, edit: Editor) -> bool:
@@ -225,7 +228,11 @@ def _build_convolution(kind: type[nn.Module]) -> Callable[[Bound, dict[str, Any]
         weight, groups = tensors["weight"], bound.option("groups")
         transposed = "output_padding" in bound.values
         first, second = weight.shape[0], weight.shape[1] * groups
-        channels = {"in_channels": first, "out_channels": second} if transposed else {"in_channels": second, "out_channels": first}
+        channels = (
+            {"in_channels": first, "out_channels": second}
+            if transposed
+            else {"in_channels": second, "out_channels": first}
+        )
         options = {name: bound.option(name) for name in ("stride", "padding", "dilation", "groups")}
         if transposed:
             options["output_padding"] = bound.option("output_padding")

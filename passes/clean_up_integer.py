@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from passes.eliminate_dead_code import has_effect
+from passes.fold_constants import fold
 from qgraph.ir.editor import Editor
 from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import info, tensor_at
 from qgraph.ir.stage import Stage
 from qgraph.pipeline import Pass, PassContext, PassResult
-from passes.eliminate_dead_code import has_effect
-from passes.fold_constants import fold
 
 _PURE = ("requantize", "quantize")
 _WORTH_MERGING = 64  # elements; small constants keep names of their own

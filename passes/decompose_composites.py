@@ -75,7 +75,9 @@ class _Steps:
     def step(self, name: str, op: Op, *operands: Any, shape: tuple[int, ...], **options: Any) -> fx.Node:
         """An inner step with a site of its own."""
         created = self.edit.call(op, *operands, like=self.node, site=f"{self.site}.{name}", **options)
-        self.edit.annotate(created, inner=True, value=TensorSpec(shape, torch.float32), origins=info(self.node).stands_for)
+        self.edit.annotate(
+            created, inner=True, value=TensorSpec(shape, torch.float32), origins=info(self.node).stands_for
+        )
         return created
 
     def finish(self, op: Op, *operands: Any, **options: Any) -> None:
@@ -205,12 +207,8 @@ def _reduced(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 _RULES: dict[str, _Decomposition] = {
-    "softmax": _Decomposition(
-        _check_softmax, _softmax, (ops.AMAX, ops.SUB, ops.EXP, ops.SUM, ops.RECIPROCAL, ops.MUL)
-    ),
-    "layer_norm": _Decomposition(
-        _check_layer_norm, _layer_norm, (ops.MEAN, ops.SUB, ops.MUL, ops.RSQRT, ops.AFFINE)
-    ),
+    "softmax": _Decomposition(_check_softmax, _softmax, (ops.AMAX, ops.SUB, ops.EXP, ops.SUM, ops.RECIPROCAL, ops.MUL)),
+    "layer_norm": _Decomposition(_check_layer_norm, _layer_norm, (ops.MEAN, ops.SUB, ops.MUL, ops.RSQRT, ops.AFFINE)),
     "div": _Decomposition(_check_div, _div, (ops.RECIPROCAL, ops.MUL)),
     "batch_norm": _Decomposition(_check_batch_norm, _batch_norm, (ops.AFFINE,)),
 }

@@ -49,9 +49,7 @@ def find_shared_modules(gm: fx.GraphModule) -> list[SharedModule]:
         if len(nodes) > 1:
             module = gm.get_submodule(path)
             weights = next(module.parameters(), None) is not None
-            found.append(
-                SharedModule(path, type(module).__name__, weights, tuple(info(node).site for node in nodes))
-            )
+            found.append(SharedModule(path, type(module).__name__, weights, tuple(info(node).site for node in nodes)))
     return found
 
 

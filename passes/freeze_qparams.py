@@ -1,7 +1,8 @@
 """Writes every value's scale onto its node, once calibration or training is done.
 
-A rounded site takes the scale of its fake quantization, a high-precision output the step of its accumulator, and what only
-moves codes the scale of its operand. Nothing is computed differently. A site without data is an error that names it.
+A rounded site takes the scale of its fake quantization, a high-precision output the step of its accumulator, and what
+only moves codes the scale of its operand. Nothing is computed differently. A site without data is an error that names
+it.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _site_module(node: fx.Node) -> FakeQuantize:
 
 
 def _accumulator_qparams(node: fx.Node) -> QParams:
-    """Scale of a high-precision output: one step of the accumulator, per output channel where the weight has several."""
+    """One step of the accumulator, per output channel where the weight has several scales."""
     record, operands = info(node), [operand for _, operand in bind(node).nodes()]
     first = info(operands[0]).qparams
     second: Any = record.weight_qparams if record.op in FUSABLE else info(operands[-1]).qparams

@@ -72,7 +72,9 @@ class _Epilogue(Rule):
         if conv.op != "call_module":
             return no("its weight is computed in the forward, not a constant of the model", conv)
         if self.sharing.calls[str(conv.target)] > 1:
-            return no(f"its module {conv.target} is called several times: split-shared-modules separates the calls", conv)
+            return no(
+                f"its module {conv.target} is called several times: split-shared-modules separates the calls", conv
+            )
         others = [user for user in conv.users if user is not follower]
         if any(user.op == "output" for user in others):
             return no("its result is also an output of the graph", conv)
@@ -200,7 +202,8 @@ def fold_batch_norm(op: Any, norm: Any, axis: int) -> tuple[nn.Parameter, nn.Par
             over groups.
 
     Returns:
-        New parameters; the factor is computed in float64 and rounded once.
+        New parameters; the factor is computed in float64 and rounded once. Weights of 2-d convolutions are laid out
+        channels_last, which costs nothing while they are written anyway (see the pass use-channels-last).
     """
     weight, mean, variance = op.weight.detach(), norm.running_mean.double(), norm.running_var.double()
     gain = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double()
@@ -208,11 +211,14 @@ def fold_batch_norm(op: Any, norm: Any, axis: int) -> tuple[nn.Parameter, nn.Par
     bias = torch.zeros_like(mean) if op.bias is None else op.bias.detach().double()
     factor = gain / torch.sqrt(variance + norm.eps)
     per_channel = factor.to(weight.dtype)
-    groups = op.groups if axis == 1 else 1
-    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    view = [groups] + [1] * (grouped.dim() - 1)
-    view[axis + 1] = -1
-    folded = (grouped * per_channel.reshape(view)).reshape(weight.shape)
+    if axis == 0:
+        view = (-1, *[1] * (weight.dim() - 1))
+    else:  # [in, out / groups, ...]: the factors of a group repeat over its input channels
+        per_channel = per_channel.reshape(op.groups, 1, -1).expand(-1, weight.shape[0] // op.groups, -1)
+        view = (weight.shape[0], -1, *[1] * (weight.dim() - 2))
+    layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    folded = torch.empty_like(weight, memory_format=layout)
+    torch.mul(weight, per_channel.reshape(view), out=folded)
     return (
         nn.Parameter(folded, op.weight.requires_grad),
         nn.Parameter(((bias - mean) * factor + shift).to(weight.dtype), op.weight.requires_grad),

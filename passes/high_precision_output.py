@@ -87,4 +87,3 @@ def _format(node: fx.Node) -> Format | None:
         node = node.all_input_nodes[0]
     plan = info(node).plan
     return None if plan is None else plan.format
-

@@ -7,7 +7,7 @@ share get one fake quantization, because they are one site.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import fx, nn
 
@@ -53,20 +53,16 @@ def _quantize_result(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Edit
     path = edit.free_path(f"{CONTAINER}.{node_name(record.site)}")
     edit.set_module(path, module.eval())
     users = list(node.users)
-    rounded = edit.call_module(
-        path, node, op=FAKE_QUANT, like=node, site=f"{record.site}.fake_quant", before=node.next
-    )
+    rounded = edit.call_module(path, node, op=FAKE_QUANT, like=node, site=f"{record.site}.fake_quant", before=node.next)
     edit.annotate(rounded, value=record.value)
     for user in users:
         edit.replace_input(user, node, rounded)
 
 
-def _quantize_weight(
-    node: fx.Node, plan: SitePlan, known: dict[int, WeightFakeQuantize], edit: Editor
-) -> None:
+def _quantize_weight(node: fx.Node, plan: SitePlan, known: dict[int, WeightFakeQuantize], edit: Editor) -> None:
     fused = as_fused(module_of(node))
     site = info(node).site
-    weight: nn.Parameter = fused.weight
+    weight = cast(nn.Parameter, fused.weight)
     if id(weight) not in known:
         axis = -1 if not plan.per_channel else 1 if info(node).op in TRANSPOSED else 0
         observer = make_observer(plan.observer, axis)

@@ -1,9 +1,9 @@
 """Marks where values enter and leave integer arithmetic.
 
 A quant stub goes where a real value meets an operator the target can run: at inputs, at float constants inside the
-graph, and behind operators that stay in float. A dequant stub goes where codes meet anything else: outputs and operators
-the target cannot run, each with the reason recorded. Stubs the user placed are honoured: what comes before a QuantStub
-and after a DeQuantStub stays float. Bit exact.
+graph, and behind operators that stay in float. A dequant stub goes where codes meet anything else: outputs and
+operators the target cannot run, each with the reason recorded. Stubs the user placed are honoured: what comes before a
+QuantStub and after a DeQuantStub stays float. Bit exact.
 """
 
 from __future__ import annotations
@@ -172,4 +172,3 @@ class _Stubs:
         )
         self.edit.annotate(stub, value=info(operand).value)
         return stub
-

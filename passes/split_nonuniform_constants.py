@@ -157,14 +157,18 @@ def _candidate(node: fx.Node) -> tuple[int, fx.Node] | None:
     position = constant.index(True)
     spec = tensor_spec(operands[position])
     other = tensor_spec(operands[1 - position])
-    if spec is None or other is None or spec.numel < 2 or spec.dtype is not torch.float32 or other.dtype is not spec.dtype:
+    if (
+        spec is None
+        or other is None
+        or spec.numel < 2
+        or spec.dtype is not torch.float32
+        or other.dtype is not spec.dtype
+    ):
         return None
     return position, operands[position]
 
 
-def _operand_values(
-    gm: fx.GraphModule, ctx: PassContext, candidates: list[fx.Node]
-) -> dict[fx.Node, torch.Tensor]:
+def _operand_values(gm: fx.GraphModule, ctx: PassContext, candidates: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
     """The computed operand of each candidate on the example inputs."""
     wanted: dict[fx.Node, list[fx.Node]] = {}
     for node in candidates:

@@ -13,10 +13,10 @@ from typing import ClassVar
 
 from torch import fx
 
+from passes.detect_shared_modules import find_shared_modules
 from qgraph.ir.node_info import info
 from qgraph.nn import clone_module
 from qgraph.pipeline import Pass, PassContext, PassResult
-from passes.detect_shared_modules import find_shared_modules
 
 
 @dataclass(frozen=True)

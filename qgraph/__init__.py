@@ -1,11 +1,11 @@
 """qgraph: float PyTorch models to bit-exact integer graphs for edge accelerators.
 
-    gm = qgraph.trace(model, example_inputs)              # what the model does, as a verified graph
-    qat = qgraph.prepare(model, example_inputs)           # ready for calibration and training
-    qgraph.calibrate(qat, loader)
-    integer = qgraph.convert(qat)                         # integer operators
-    y = qgraph.Simulator(integer)(x)                      # exactly what the hardware computes
-    qgraph.draw(integer, "graph.svg")
+gm = qgraph.trace(model, example_inputs)              # what the model does, as a verified graph
+qat = qgraph.prepare(model, example_inputs)           # ready for calibration and training
+qgraph.calibrate(qat, loader)
+integer = qgraph.convert(qat)                         # integer operators
+y = qgraph.Simulator(integer)(x)                      # exactly what the hardware computes
+qgraph.draw(integer, "graph.svg")
 """
 
 from qgraph.analysis import SiteConsistency, compare_sites

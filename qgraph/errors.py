@@ -22,9 +22,7 @@ class QGraphError(Exception):
         fix: what the reader can do about it.
     """
 
-    def __init__(
-        self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None) -> None:
         self.what = what
         self.where = where
         self.why = why

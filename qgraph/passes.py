@@ -23,6 +23,7 @@ from passes.insert_quant_stubs import InsertQuantStubs
 from passes.lower_to_integer import LowerToInteger
 from passes.split_nonuniform_constants import SplitNonuniformConstants
 from passes.split_shared_modules import SplitSharedModules
+from passes.use_channels_last import UseChannelsLast
 
 __all__ = [
     "AssignDtypes",
@@ -41,5 +42,6 @@ __all__ = [
     "SharedModule",
     "SplitNonuniformConstants",
     "SplitSharedModules",
+    "UseChannelsLast",
     "find_shared_modules",
 ]

@@ -94,4 +94,3 @@ def _compare(node: fx.Node, simulated: torch.Tensor, codes: torch.Tensor, qparam
     return SiteConsistency(
         record.site, record.op.name, str(qparams.qtype), gap.numel(), int((gap > 0).sum()), int(gap.max().item())
     )
-

@@ -33,7 +33,6 @@ from qgraph.capture.inputs import (
     with_batch,
 )
 from qgraph.capture.leaves import LeafRule, leaf_rule
-from qgraph.capture.names import state_storages
 from qgraph.capture.recorder import Recorder, Recording, StateWrite
 from qgraph.capture.source import is_user_file
 from qgraph.capture.structure import as_example, bind_to_forward
@@ -144,9 +143,7 @@ def _check_request(
     keyword = as_example(example_inputs).kwargs
     positional = tuple(inputs)[: _positional_count(inputs, keyword)] if variadic else ()
     chosen = "jit" if method == "auto" else method
-    return _Request(
-        model, inputs, positional, chosen, leaf_rule(model, leaf_modules), check_waivers(waive), verify
-    )
+    return _Request(model, inputs, positional, chosen, leaf_rule(model, leaf_modules), check_waivers(waive), verify)
 
 
 def _named_parameters(model: nn.Module) -> frozenset[str]:
@@ -187,7 +184,7 @@ def _capture(request: _Request) -> fx.GraphModule:
     recording = _record(request, root, inputs)
     notes = raise_unless_waived(recording.flags, request.waived, request.name)
     merged, choice, fixed = _free_batch(request, recording)
-    InPlaceRemover(root, recording, set(state_storages(root))).run()
+    InPlaceRemover(root, recording).run()
     if merged is not None and choice is not None:
         apply_merge(recording.graph, merged, _input_node(recording, choice))
     gm = _build(request, root, recording, choice, fixed, notes)
@@ -216,9 +213,7 @@ def _record(request: _Request, root: nn.Module, inputs: Inputs) -> Recording:
         ) from error
 
 
-def _free_batch(
-    request: _Request, recording: Recording
-) -> tuple[Merge | None, BatchChoice | None, str | None]:
+def _free_batch(request: _Request, recording: Recording) -> tuple[Merge | None, BatchChoice | None, str | None]:
     """How to serve every batch size, which inputs carry it, or why it stays fixed."""
     choices = batch_choices(request.inputs)
     if not choices:
@@ -263,7 +258,7 @@ def _record_shapes(request: _Request, choice: BatchChoice) -> Recording:
     """
     try:
         return _meta_run(request, choice)
-    except Exception:  # noqa: BLE001, S110 - many ops refuse to run without values; the real run decides
+    except Exception:  # noqa: BLE001 - many ops refuse to run without values; the real run decides
         pass
     root = _replica(request)
     inputs = with_batch(request.inputs, choice, _SHAPE_FACTOR, seed=3)
@@ -283,7 +278,7 @@ def _meta_run(request: _Request, choice: BatchChoice) -> Recording:
 def _input_node(recording: Recording, choice: BatchChoice) -> fx.Node:
     """The node of the input tensor whose dimension 0 is the batch."""
     name, path = choice.places[0]
-    node = next(node for node in recording.graph.nodes if node.op == "placeholder" and node.target == name)
+    node: fx.Node = next(node for node in recording.graph.nodes if node.op == "placeholder" and node.target == name)
     for _, key in path:
         node = next(user for user in node.users if len(user.args) == 2 and user.args[1] == key)
     return node

@@ -46,9 +46,7 @@ class InputGuard(nn.Module):
                     if isinstance(leaf, torch.Tensor)
                 )
             )
-            self.values.append(
-                tuple((path, leaf) for path, leaf in found if not isinstance(leaf, torch.Tensor))
-            )
+            self.values.append(tuple((path, leaf) for path, leaf in found if not isinstance(leaf, torch.Tensor)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> InputGuard:
         return self

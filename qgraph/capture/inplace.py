@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,10 +26,9 @@ from qgraph.ir.values import TensorSpec
 class InPlaceRemover:
     """Works through one recording's writes in execution order."""
 
-    def __init__(self, root: nn.Module, recording: Recording, state: set[int]) -> None:
+    def __init__(self, root: nn.Module, recording: Recording) -> None:
         self.root = root
         self.recording = recording
-        self.state = state
         self.position = {node: index for index, node in enumerate(recording.graph.nodes)}
         self.pure_modules: set[int] = set()
         self.aliases: dict[int, list[fx.Node]] = defaultdict(list)
@@ -44,7 +44,7 @@ class InPlaceRemover:
 
     def _remove(self, write: Write) -> bool:
         node, target = write.node, _written_operand(write)
-        if write.storage in self.state or write.storage == 0 or target is None:
+        if write.storage in self.recording.state or write.storage == 0 or target is None:
             return False
         chain = self._views_up_to_base(target)
         outside = [
@@ -71,7 +71,7 @@ class InPlaceRemover:
 
     def _write_back(self, chain: list[fx.Node], value: fx.Node) -> None:
         graph, last = self.recording.graph, value
-        for view, base in zip(chain, chain[1:], strict=False):
+        for view, base in pairwise(chain):
             if not self._read_after(base, value):
                 continue
             record = info(base)
@@ -130,7 +130,7 @@ class InPlaceRemover:
 
     def _make_module_pure(self, module: nn.Module) -> bool:
         if getattr(module, "inplace", False):
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]
             self.pure_modules.add(id(module))
         return id(module) in self.pure_modules
 

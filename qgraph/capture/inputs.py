@@ -65,9 +65,7 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
     """
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: map_leaves(
-            lambda leaf: _vary(leaf, generator) if isinstance(leaf, torch.Tensor) else leaf, value
-        )
+        name: map_leaves(lambda leaf: _vary(leaf, generator) if isinstance(leaf, torch.Tensor) else leaf, value)
         for name, value in inputs.items()
     }
 
@@ -75,9 +73,7 @@ def varied(inputs: Inputs, seed: int) -> Inputs:
 def with_batch(inputs: Inputs, choice: BatchChoice, factor: int, seed: int) -> Inputs:
     """Inputs whose batch is `factor` times the example's; each repetition has other values."""
     parts = [varied(inputs, seed + position) for position in range(factor)]
-    return _map_places(
-        inputs, choice, lambda place: torch.cat([_at(part, place) for part in parts]), parts[0]
-    )
+    return _map_places(inputs, choice, lambda place: torch.cat([_at(part, place) for part in parts]), parts[0])
 
 
 def empty_with_batch(inputs: Inputs, choice: BatchChoice, factor: int) -> Inputs:
@@ -124,9 +120,7 @@ def _map_places(inputs: Inputs, choice: BatchChoice, grow: Any, others: Inputs) 
     for place, tensor in tensor_places(others):
         if place in chosen:
             by_identity[id(tensor)] = grow(place)
-    return {
-        name: map_leaves(lambda leaf: by_identity.get(id(leaf), leaf), value) for name, value in others.items()
-    }
+    return {name: map_leaves(lambda leaf: by_identity.get(id(leaf), leaf), value) for name, value in others.items()}
 
 
 def _vary(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

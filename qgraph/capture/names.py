@@ -19,6 +19,8 @@ from torch import nn
 
 from qgraph.capture.taint import storage_key
 
+_STANDARD_ATTRIBUTES = nn.Module().__dict__.keys()
+
 
 @dataclass
 class Scope:
@@ -91,16 +93,20 @@ def tensor_paths(root: nn.Module) -> dict[int, str]:
 
 def plain_tensors(root: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
     """Module path, attribute name and value of tensors kept as plain attributes."""
-    return [
-        (path, name, value)
-        for path, module in root.named_modules()
-        for name, value in module.__dict__.items()
-        if isinstance(value, torch.Tensor)
-    ]
+    found = []
+    for path, module in root.named_modules():
+        attributes = module.__dict__
+        for name in attributes.keys() - _STANDARD_ATTRIBUTES:
+            value = attributes[name]
+            if isinstance(value, torch.Tensor):
+                found.append((path, name, value))
+    return sorted(found, key=lambda entry: entry[:2])
 
 
 def state_storages(root: nn.Module) -> dict[int, str]:
     """Storage identity to path, for every tensor a module holds: a write to one changes the model."""
     held = [*root.named_parameters(), *root.named_buffers()]
     held += [(f"{path}.{name}".lstrip("."), tensor) for path, name, tensor in plain_tensors(root)]
-    return {storage_key(tensor): path for path, tensor in reversed(held)}
+    keyed = {storage_key(tensor): path for path, tensor in reversed(held)}
+    keyed.pop(0, None)  # tensors without storage have no identity to protect
+    return keyed

@@ -49,8 +49,11 @@ _TAG = "_qgraph_tag"
 # Reading these gives Python values that describe a tensor without looking at its data.
 _SHAPE_READERS = frozenset({"shape", "size", "numel", "nelement", "__len__", "stride", "nbytes", "sym_size"})
 _METADATA = frozenset(
-    """dtype device ndim dim layout is_floating_point is_complex is_cuda requires_grad requires_grad_ retain_grad
-    register_hook share_memory_ is_contiguous __repr__ __format__ __hash__""".split()
+    {
+        *("dtype", "device", "layout", "ndim", "dim", "is_floating_point", "is_complex", "is_cuda", "is_contiguous"),
+        *("requires_grad", "requires_grad_", "retain_grad", "register_hook", "share_memory_"),
+        *("__repr__", "__format__", "__hash__"),
+    }
 )
 # Reading these takes data out of torch without a kernel that dispatch could see.
 _LEAVING = {
@@ -104,6 +107,7 @@ class Recording:
     storages: dict[fx.Node, int] = field(default_factory=dict)
     output: Any = None
     changed_state: bool = False
+    state: dict[int, str] = field(default_factory=dict)
 
 
 class StateWrite(Exception):
@@ -124,9 +128,7 @@ class Recorder:
         protected: whether the root's tensors belong to the user, so that a write to them ends the run.
     """
 
-    def __init__(
-        self, root: nn.Module, leaf: LeafRule, *, track: bool = True, protected: bool = False
-    ) -> None:
+    def __init__(self, root: nn.Module, leaf: LeafRule, *, track: bool = True, protected: bool = False) -> None:
         self.root = root
         self.leaf = leaf
         self.track = track
@@ -137,7 +139,7 @@ class Recorder:
         self.depth = 0
         self._module_paths = module_paths(root)
         self._tensor_paths = tensor_paths(root)
-        self._state = state_storages(root) if track else {}
+        self.recording.state = state_storages(root) if track else {}
         self._attribute_nodes: dict[str, fx.Node] = {}
         self._constant_paths: dict[int, str] = {}
         self._held: list[Any] = []
@@ -149,6 +151,7 @@ class Recorder:
         """Records `call()`, which must run the root on exactly the tensors in `inputs`."""
         for name, value in inputs.items():
             self._add_input(name, value)
+
         def listened() -> Any:
             with self._intercepted_modules(), _FunctionMode(self):
                 return call()
@@ -220,7 +223,7 @@ class Recorder:
         written: list[torch.Tensor],
         site: str | None,
     ) -> None:
-        source = user_line()
+        source = user_line() if self.track else None
         node_args = tuple(self.argument(value) for value in args)
         node_kwargs = {key: self.argument(value) for key, value in kwargs.items()}
         nested = bool(args) and isinstance(args[0], (tuple, list, dict)) and not isinstance(args[0], torch.Size)
@@ -260,14 +263,14 @@ class Recorder:
             StateWrite: with all flags so far and this one.
         """
         for tensor in written_operands(func, args, kwargs):
-            path = self._state.get(storage_key(tensor))
+            path = self.recording.state.get(storage_key(tensor))
             if path is not None:
                 self.flag("state", f"{func._schema.name.removeprefix('aten::')} writes to {path}")
                 raise StateWrite(self.recording.flags)
 
     def check_state(self, node: fx.Node, written: torch.Tensor) -> None:
         """Flags a write to one of the model's own tensors."""
-        path = self._state.get(storage_key(written))
+        path = self.recording.state.get(storage_key(written))
         if path is not None:
             self.recording.changed_state = True
             self.flag("state", f"{info(node).site} writes to {path}")
@@ -307,7 +310,9 @@ class Recorder:
         known = self._attribute_nodes.get(path_of_tensor)
         if known is None:
             known = self.recording.graph.create_node("get_attr", path_of_tensor, (), {}, name=node_name(path_of_tensor))
-            set_info(known, NodeInfo(CONSTANT, path_of_tensor, path_of_tensor.rpartition(".")[0], value=spec_of(tensor)))
+            set_info(
+                known, NodeInfo(CONSTANT, path_of_tensor, path_of_tensor.rpartition(".")[0], value=spec_of(tensor))
+            )
             self._attribute_nodes[path_of_tensor] = known
             if self.track:
                 self.recording.storages[known] = storage_key(tensor)
@@ -458,7 +463,7 @@ class _FunctionMode(TorchFunctionMode):
     """Sees torch functions and methods called by the forward, outside leaf modules."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -501,6 +506,8 @@ class _DispatchMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         recorder, named = self.recorder, kwargs or {}
         announced = recorder.depth > 0
+        if announced and not recorder.track and not recorder.protected:
+            return func(*args, **named)
         if recorder.protected and func._schema.is_mutable:
             with torch._C.DisableTorchFunction():
                 recorder.refuse_state_write(func, args, named)

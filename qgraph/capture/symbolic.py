@@ -1,7 +1,7 @@
 """Capture by `torch.fx` symbolic tracing: shapes stay free, Python control flow on values is refused by fx.
 
-`torch.fx.wrap` functions and the user's leaf modules stay single nodes. The graph is then run once on the example inputs
-to find shapes, in-place writes and source lines, so that it satisfies the same rules as a recorded one.
+`torch.fx.wrap` functions and the user's leaf modules stay single nodes. The graph is then run once on the example
+inputs to find shapes, in-place writes and source lines, so that it satisfies the same rules as a recorded one.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def _trace(root: nn.Module, leaf: LeafRule, inputs: Inputs) -> fx.Graph:
             fix='use method="jit", wrap the function with torch.fx.wrap, or name its module in leaf_modules',
         ) from error
     for node in reversed(list(graph.nodes)):
-        if getattr(node.target, "__name__", "") == "_assert_is_none" and not node.users:
-            graph.erase_node(node)
-        elif node.op == "placeholder" and not node.users and str(node.target) in omitted:
+        checks_none = getattr(node.target, "__name__", "") == "_assert_is_none"
+        left_out = node.op == "placeholder" and str(node.target) in omitted
+        if not node.users and (checks_none or left_out):
             graph.erase_node(node)
     names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     unknown = [name for name in names if name not in inputs]
@@ -109,8 +109,7 @@ def _name_sites(gm: fx.GraphModule) -> None:
 
 
 def _observe(gm: fx.GraphModule, recorder: Recorder, inputs: Inputs) -> Recording:
-    recording = Recording(gm.graph)
-    recorder.recording = recording
+    recording = recorder.recording = Recording(gm.graph, state=recorder.recording.state)
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nested = bool(args) and isinstance(args[0], (tuple, list, dict))
@@ -126,7 +125,10 @@ def _observe(gm: fx.GraphModule, recorder: Recorder, inputs: Inputs) -> Recordin
 
     def observe(node: fx.Node, value: Any) -> None:
         record = info(node)
-        set_info(node, NodeInfo(record.op, record.site, record.module, record.source, spec_of(value), in_place=record.in_place))
+        set_info(
+            node,
+            NodeInfo(record.op, record.site, record.module, record.source, spec_of(value), in_place=record.in_place),
+        )
         if isinstance(value, torch.Tensor):
             recording.storages[node] = storage_key(value)
             recorder.hold(value)

@@ -36,7 +36,7 @@ class Taint:
         return storage_key(tensor) in self._sizes
 
     def propagate(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
-        """Carries taint through one dispatched op to what it returns or writes; returns whether any input depends on the model's inputs."""
+        """Carries taint through one dispatched op to what it returns or writes; returns whether any operand has it."""
         keys = [storage_key(tensor) for tensor in inputs]
         depends = any(key in self._values for key in keys)
         if not depends:

@@ -23,7 +23,8 @@ class ResidualBlock(nn.Module):
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         y += x
-        return self.relu(y)
+        result: torch.Tensor = self.relu(y)
+        return result
 
 
 class Gate(nn.Module):
@@ -62,4 +63,5 @@ class DigitsNet(nn.Module):
         x = F.relu(self.shared(x))  # the same convolution again: one weight, two activations
         x = self.gate(x)
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        return self.head(self.dropout(x))
+        logits: torch.Tensor = self.head(self.dropout(x))
+        return logits

@@ -1,6 +1,6 @@
 """The demo: the whole road on real input, and a report of it.
 
-    train -> trace -> fuse -> prepare -> calibrate -> convert -> simulate the test set in integers
+train -> trace -> fuse -> prepare -> calibrate -> convert -> simulate the test set in integers
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tabulate import tabulate
@@ -35,6 +36,7 @@ _STAGES = ("captured", "fused", "prepared", "integer")
 _FUSED_AFTER = "fuse-conv-bn-add-relu"
 
 Say = Callable[[str], None]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ class DemoResult:
             ("fake-quant accuracy", f"{self.fake_accuracy:.2%}"),
             ("integer accuracy", f"{self.integer_accuracy:.2%}"),
             ("SQNR of the logits, integer against float", f"{self.sqnr:.1f} dB"),
-            ("integers that differ from fake-quant, all sites", f"{differing} of {elements} ({differing / elements:.4%})"),
+            (
+                "integers that differ from fake-quant, all sites",
+                f"{differing} of {elements} ({differing / elements:.4%})",
+            ),
             ("largest difference", f"{max(site.largest for site in self.sites)} step(s)"),
             ("lowest agreement of a site", _worst(self.sites)),
             ("bytes of weights", f"{self.float_bytes} float, {self.integer_bytes} integer"),
@@ -100,7 +105,9 @@ def run_demo(folder: Path, *, say: Say, progress: bool = True) -> DemoResult:
     """
     folder.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
-    model = _timed("train a small residual network on handwritten digits", say, lambda: train(digits, progress=progress))
+    model = _timed(
+        "train a small residual network on handwritten digits", say, lambda: train(digits, progress=progress)
+    )
     example = digits.train_images[:1]
     captured = _timed("capture it as a graph, replayed and compared exactly", say, lambda: trace(model, example))
     keeper = _KeepFused()
@@ -128,7 +135,7 @@ class _KeepFused(PassObserver):
             self.graph = copy_graph(gm)
 
 
-def _timed(what: str, say: Say, work: Callable[[], object]) -> object:
+def _timed(what: str, say: Say, work: Callable[[], _Result]) -> _Result:
     started = time.perf_counter()
     result = work()
     say(f"{what} ({time.perf_counter() - started:.1f} s)")
@@ -193,7 +200,9 @@ def _write_report(folder: Path, stages: dict[str, fx.GraphModule], result: DemoR
         [(s.site, s.op, s.format, s.elements, s.differing, s.largest) for s in result.sites],
         headers=("site", "op", "format", "elements", "differing", "largest"),
     )
-    ops = tabulate([(op, name, count) for (op, name), count in sorted(result.ops.items())], headers=("op", "format", "count"))
+    ops = tabulate(
+        [(op, name, count) for (op, name), count in sorted(result.ops.items())], headers=("op", "format", "count")
+    )
     (folder / "report.txt").write_text(f"{result.table()}\n\n{sites}\n\n{ops}\n", encoding="utf-8")
     (folder / "report.html").write_text(_page(result, sites, ops, pictures), encoding="utf-8")
 

@@ -83,9 +83,7 @@ def calibration_batches(digits: Digits, *, steps: int = 16, batch: int = 8) -> l
     return list(digits.train_images[: steps * batch].split(batch))
 
 
-def _batches(
-    digits: Digits, batch: int, generator: torch.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(digits: Digits, batch: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     order = torch.randperm(len(digits.train_images), generator=generator)
     for chosen in order.split(batch):
         shift = [int(n) for n in torch.randint(-1, 2, (2,), generator=generator)]

@@ -173,9 +173,7 @@ def _bind_module(node: fx.Node, op: Op) -> Bound:
     module = module_of(node)
     inputs = [name for name in op.operands if name not in op.parameters]
     if len(node.args) > len(inputs) and inputs:
-        raise VerifyError(
-            f"{op} as a module takes {len(inputs)} arguments, got {len(node.args)}", where=where(node)
-        )
+        raise VerifyError(f"{op} as a module takes {len(inputs)} arguments, got {len(node.args)}", where=where(node))
     values = dict(zip(inputs, node.args, strict=False)) | dict(node.kwargs)
     renamed = op.modules.get(type(module), {})
     for name in op.options:

@@ -113,14 +113,14 @@ class Editor:
         """A call of the module at `path`, which must exist; arguments as for `call`."""
         return self._create("call_module", path, args, {}, op, like, site, before)
 
-    def constant(
-        self, tensor: torch.Tensor, *, path: str, like: fx.Node, before: fx.Node | None = None
-    ) -> fx.Node:
+    def constant(self, tensor: torch.Tensor, *, path: str, like: fx.Node, before: fx.Node | None = None) -> fx.Node:
         """A node that reads `tensor`, kept as a buffer at `path` (made unique)."""
         unique = self.add_tensor(path, tensor)
         node = self._create("get_attr", unique, (), {}, CONSTANT, like, unique, before)
         record = info(like)
-        set_info(node, NodeInfo(CONSTANT, unique, record.module, record.source, spec_of(tensor), created_by=self.author))
+        set_info(
+            node, NodeInfo(CONSTANT, unique, record.module, record.source, spec_of(tensor), created_by=self.author)
+        )
         return node
 
     def _create(
@@ -136,9 +136,7 @@ class Editor:
     ) -> fx.Node:
         record = info(like)
         with self.graph.inserting_before(before or like):
-            node = self.graph.create_node(
-                kind, target, tuple(args), dict(kwargs), name=node_name(site or record.site)
-            )
+            node = self.graph.create_node(kind, target, tuple(args), dict(kwargs), name=node_name(site or record.site))
         set_info(
             node,
             replace(
@@ -271,9 +269,7 @@ class Editor:
         self.changes += 1
         self._notify_changed(user)
 
-    def set_arguments(
-        self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
-    ) -> None:
+    def set_arguments(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """Gives `node` other arguments."""
         node.args = args
         node.kwargs = dict(kwargs or {})

@@ -76,9 +76,7 @@ def call_node(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: 
     return node.target(*args, **kwargs)
 
 
-def bind_inputs(
-    graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[fx.Node, Any]:
+def bind_inputs(graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
     """Placeholder to value.
 
     Raises:
@@ -125,4 +123,4 @@ def note_node(error: Exception, node: fx.Node) -> None:
     if has_info(node):
         lines += [f"  input: {used.format_node()}" for used in node.all_input_nodes]
     notes: list[str] = getattr(error, "__notes__", [])
-    error.__notes__ = [*notes, "\n".join(lines)]  # type: ignore[attr-defined]
+    error.__notes__ = [*notes, "\n".join(lines)]

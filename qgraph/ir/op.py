@@ -163,9 +163,7 @@ class OpTable:
             UserError: its name or one of its spellings is taken.
         """
         if op.name in self._by_name:
-            raise UserError(
-                f"an operator named {op.name!r} is defined already", fix="choose another name"
-            )
+            raise UserError(f"an operator named {op.name!r} is defined already", fix="choose another name")
         functions = {**op.functions}
         if op.target is not None:
             functions.setdefault(op.target, Spelling())

@@ -57,7 +57,7 @@ def _op(
         functions={key: value for key, value in spellings.items() if not isinstance(key, str)},
         methods={key: value for key, value in spellings.items() if isinstance(key, str)},
         in_place=_spell(*in_place),
-        modules=modules if isinstance(modules, Mapping) else dict.fromkeys(modules, {}),
+        modules=modules if isinstance(modules, Mapping) else {module: {} for module in modules},
         **more,
     )
     return OPS.define(entry)
@@ -465,9 +465,7 @@ def _max_pool(name: str, module: type[nn.Module], function: Function, inner: Fun
     return _op(
         name,
         OpKind.SELECT,
-        lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False: (
-            None
-        ),
+        lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False: (None),
         target=function,
         spelled=((inner, _args("input kernel_size stride padding dilation ceil_mode")),),
         modules=(module,),
@@ -646,9 +644,7 @@ SPLIT = _move(
 CHUNK = _move("chunk", torch.chunk, lambda input, chunks, dim=0: None, spelled=("chunk",))
 UNBIND = _move("unbind", torch.unbind, lambda input, dim=0: None, spelled=("unbind",))
 SELECT = _move("select", torch.select, lambda input, dim, index: None, spelled=("select",))
-NARROW = _move(
-    "narrow", torch.narrow, lambda input, dim, start, length: None, spelled=("narrow",)
-)
+NARROW = _move("narrow", torch.narrow, lambda input, dim, start, length: None, spelled=("narrow",))
 ROLL = _move("roll", torch.roll, lambda input, shifts, dims=None: None, spelled=("roll",))
 FLIP = _move(
     "flip",
@@ -693,9 +689,13 @@ PAD = _op(
 INTERPOLATE = _op(
     "interpolate",
     OpKind.SAMPLE,
-    lambda input, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False: (
-        None
-    ),
+    lambda input,
+    size=None,
+    scale_factor=None,
+    mode="nearest",
+    align_corners=None,
+    recompute_scale_factor=None,
+    antialias=False: (None),
     target=F.interpolate,
     modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     quant=lambda values: QuantRule.SAME if values["mode"].startswith("nearest") else QuantRule.OWN,
@@ -789,7 +789,5 @@ QUANT_STUB = _op(
     quant=QuantRule.OWN,
     lowering="quantize",
 )
-DEQUANT_STUB = _op(
-    "dequant_stub", OpKind.STUB, lambda input: None, modules=(DeQuantStub,), lowering="dequantize"
-)
+DEQUANT_STUB = _op("dequant_stub", OpKind.STUB, lambda input: None, modules=(DeQuantStub,), lowering="dequantize")
 FAKE_QUANT = _op("fake_quant", OpKind.STUB, lambda input: None, quant=QuantRule.SAME)

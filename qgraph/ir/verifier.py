@@ -66,7 +66,8 @@ def verify(gm: fx.GraphModule, *, context: str = "") -> None:
     shown = [str(violation) for violation in violations[:_SHOWN]]
     more = f" and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
     error = VerifyError(
-        f"the graph breaks {len(violations)} rule(s) of stage {graph_info(gm).stage}" + (f" {context}" if context else ""),
+        f"the graph breaks {len(violations)} rule(s) of stage {graph_info(gm).stage}"
+        + (f" {context}" if context else ""),
         where="; ".join(shown) + more,
         fix="the pass that ran last broke them; QG_DUMP=folder writes the graph after each pass",
     )

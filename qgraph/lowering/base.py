@@ -85,9 +85,7 @@ class LoweringContext:
         shift = None if factor.shift is None else self.tensor(like, "shift", factor.shift)
         return multiplier, shift
 
-    def rescale(
-        self, like: fx.Node, real: torch.Tensor, step: str
-    ) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
+    def rescale(self, like: fx.Node, real: torch.Tensor, step: str) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
         """Nodes for one real factor (float64) under the target's arithmetic of `step`."""
         arithmetic = self.target.step(step)
         multiplier, shift = self.factor(like, arithmetic.rule.encode(real))
@@ -100,9 +98,7 @@ class LoweringContext:
         return encode_common_shift(factors, arithmetic.rule.bits)
 
 
-def bounds(
-    result: QParams, low: float | None = None, high: float | None = None
-) -> dict[str, Any]:
+def bounds(result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
     """The bounds and format options of an operator whose result is also limited to the reals [low, high]."""
     qtype = result.qtype
     limits = {"low": qtype.qmin, "high": qtype.qmax}

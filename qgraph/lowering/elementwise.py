@@ -78,9 +78,7 @@ class ProductOfValuesLowering(Lowering):
         result = ctx.qparams(node)
         real = ctx.qparams(x).scale.double() * ctx.qparams(y).scale.double() / result.scale.double()
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-        return ctx.integer(
-            "mul", x, y, multiplier, shift, like=node, arithmetic=str(arithmetic), **bounds(result)
-        )
+        return ctx.integer("mul", x, y, multiplier, shift, like=node, arithmetic=str(arithmetic), **bounds(result))
 
 
 class AffineLowering(Lowering):
@@ -157,9 +155,7 @@ def lower_affine(
     limits = bounds(result, low, high)
     if bias is None:
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-        return ctx.integer(
-            "requantize", x, multiplier, shift, None, like=node, arithmetic=str(arithmetic), **limits
-        )
+        return ctx.integer("requantize", x, multiplier, shift, None, like=node, arithmetic=str(arithmetic), **limits)
     arithmetic = ctx.target.step("sum")
     factor = ctx.encode_sum(real.unsqueeze(0), arithmetic)
     multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])

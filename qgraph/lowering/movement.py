@@ -57,9 +57,7 @@ class PadLowering(Lowering):
         result = ctx.qparams(node)
         code = _code(value, result)
         moved = requantized_to(x, result, node, ctx, "requantize")
-        padded = ctx.edit.call_function(
-            F.pad, (moved, tuple(bound.option("pad"))), {"value": code}, op=PAD, like=node
-        )
+        padded = ctx.edit.call_function(F.pad, (moved, tuple(bound.option("pad"))), {"value": code}, op=PAD, like=node)
         ctx.moved(padded, node, result)
         return padded
 

@@ -1,10 +1,10 @@
 """Lowering of pooling, reductions and resizing.
 
-    max pool      the largest code, scale unchanged
-    average       qy = saturate(rescale(sum(qx); sx / (n * sy)))     n: elements of the window, per position if it varies
-    sum           the same with n = 1
-    nearest       codes moved, scale unchanged
-    bilinear      qy = saturate(rescale(sum(qx * w); sx / (sy * 2**(2 * bits))))
+max pool      the largest code, scale unchanged
+average       qy = saturate(rescale(sum(qx); sx / (n * sy)))     n: elements of the window, per position if it varies
+sum           the same with n = 1
+nearest       codes moved, scale unchanged
+bilinear      qy = saturate(rescale(sum(qx * w); sx / (sy * 2**(2 * bits))))
 """
 
 from __future__ import annotations
@@ -74,7 +74,15 @@ class AvgPoolLowering(Lowering):
         if divisor:
             counts = torch.full_like(counts, float(divisor))
         return _averaged(
-            "avg_pool", node, x, counts, ctx, kernel_size=kernel, stride=stride, padding=padding, output_size=list(size_out)
+            "avg_pool",
+            node,
+            x,
+            counts,
+            ctx,
+            kernel_size=kernel,
+            stride=stride,
+            padding=padding,
+            output_size=list(size_out),
         )
 
 
@@ -167,9 +175,7 @@ def _averaged(
     result = ctx.qparams(node)
     real = ctx.qparams(x).scale.double() / result.scale.double() / counts
     multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-    return ctx.integer(
-        name, x, multiplier, shift, like=node, **options, arithmetic=str(arithmetic), **bounds(result)
-    )
+    return ctx.integer(name, x, multiplier, shift, like=node, **options, arithmetic=str(arithmetic), **bounds(result))
 
 
 def _window_counts(
@@ -223,7 +229,7 @@ def _steps(bound: Any, size_in: tuple[int, ...], size_out: tuple[int, ...]) -> l
 
 
 def _bilinear_table(size_in: int, size_out: int, step: float, align: bool, bits: int) -> torch.Tensor:
-    """Index before, index after and weight of the one after, int64 `[3, size_out]`; positions in float32 as torch has."""
+    """Index before, index after, weight of the one after, int64 `[3, size_out]`; positions in float32 as in torch."""
     position = torch.arange(size_out, dtype=torch.float32)
     if align:
         scale = (size_in - 1) / (size_out - 1) if size_out > 1 else 0.0

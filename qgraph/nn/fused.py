@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from enum import Enum
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,22 +35,18 @@ class Fused(nn.Module):
     adds: bool
     weight_fake_quant: nn.Module | None
     bias_fake_quant: nn.Module | None
-    weight: nn.Parameter
-    bias: nn.Parameter | None
 
     def quantized_weight(self) -> torch.Tensor:
         """The weight as the operator uses it, shape and dtype of `weight`."""
-        if self.weight_fake_quant is None:
-            return self.weight
-        quantized: torch.Tensor = self.weight_fake_quant(self.weight)
-        return quantized
+        weight = cast(nn.Parameter, self.weight)
+        return weight if self.weight_fake_quant is None else cast(torch.Tensor, self.weight_fake_quant(weight))
 
     def quantized_bias(self) -> torch.Tensor | None:
         """The bias as the operator uses it, shape and dtype of `bias`."""
-        if self.bias_fake_quant is None or self.bias is None:
-            return self.bias
-        quantized: torch.Tensor = self.bias_fake_quant(self.bias)
-        return quantized
+        bias = cast("nn.Parameter | None", self.bias)
+        if self.bias_fake_quant is None or bias is None:
+            return bias
+        return cast(torch.Tensor, self.bias_fake_quant(bias))
 
     def finish(self, product: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Adds `residual` (shape of `product`) and applies the activation, writing to `product`."""
@@ -107,10 +103,11 @@ class _FusedTransposed(Fused):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`x` `[N, C_in, *in]` to `[N, C_out, *out]`."""
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.weight.dim() - 3]
+        weight = self.quantized_weight()
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
         product = function(
             x,
-            self.quantized_weight(),
+            weight,
             self.quantized_bias(),
             self.stride,
             self.padding,

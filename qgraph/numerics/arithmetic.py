@@ -2,9 +2,9 @@
 
     int32:wrap/fixed_point:24:half_even
 
-reads: accumulate in 32 bits, wrap on overflow, rescale by a 24-bit multiplier and a shift, round half to even. The result
-then saturates to its format. Integer graphs carry this word with every operator, so that an artefact says by itself how
-it computes.
+reads: accumulate in 32 bits, wrap on overflow, rescale by a 24-bit multiplier and a shift, round half to even. The
+result then saturates to its format. Integer graphs carry this word with every operator, so that an artefact says by
+itself how it computes.
 """
 
 from __future__ import annotations

@@ -88,9 +88,7 @@ class FloatFormat:
 
     def __post_init__(self) -> None:
         if self.bits not in (16, 32):
-            raise UserError(
-                f"a float format of {self.bits} bits is not supported", fix="use 16 or 32"
-            )
+            raise UserError(f"a float format of {self.bits} bits is not supported", fix="use 16 or 32")
 
     @property
     def storage(self) -> torch.dtype:
@@ -111,9 +109,7 @@ quint8 = QType(8, signed=False)
 float16 = FloatFormat(16)
 float32 = FloatFormat(32)
 
-_NAMED: dict[str, Format] = {
-    str(entry): entry for entry in (qint4, qint8, qint16, qint32, quint8, float16, float32)
-}
+_NAMED: dict[str, Format] = {str(entry): entry for entry in (qint4, qint8, qint16, qint32, quint8, float16, float32)}
 
 
 def parse_format(name: str) -> Format:

@@ -66,7 +66,7 @@ def fake_quantize(values: torch.Tensor, qparams: QParams) -> torch.Tensor:
     Returns:
         float32 tensor of the same shape, equal to the integer round trip for every finite input.
     """
-    result: torch.Tensor = _FakeQuantize.apply(values, qparams)
+    result: torch.Tensor = _FakeQuantize.apply(values, qparams)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -74,9 +74,7 @@ class _FakeQuantize(torch.autograd.Function):
     """Elementwise ops on one owned buffer: torch's own fake-quantize kernel is several times slower on CPUs."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, values: torch.Tensor, qparams: QParams
-    ) -> torch.Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, values: torch.Tensor, qparams: QParams) -> torch.Tensor:
         rank, qtype = values.dim(), qparams.qtype
         codes = torch.mul(values, qparams.shaped(1.0 / qparams.scale, rank)).round_()
         zero_point = None
@@ -93,9 +91,7 @@ class _FakeQuantize(torch.autograd.Function):
         return codes.mul_(qparams.shaped(qparams.scale, rank))
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         saved: tuple[torch.Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
         return (gradient.masked_fill(~saved[0], 0.0) if saved else gradient), None
 

@@ -98,7 +98,10 @@ class RequantizeRule:
         return rounding_shift_right(high, (shift - _HIGH_BITS).clamp(min=0), self.rounding)
 
     def apply_sum(
-        self, terms: Sequence[torch.Tensor], multipliers: Sequence[torch.Tensor], shift: torch.Tensor | None,
+        self,
+        terms: Sequence[torch.Tensor],
+        multipliers: Sequence[torch.Tensor],
+        shift: torch.Tensor | None,
         offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A sum of rescaled terms, rounded once, unsaturated.
@@ -253,4 +256,3 @@ def _parse_rounding(name: str, text: str) -> Rounding:
     if name not in modes:
         raise UserError(f"unknown rounding {name!r} in {text!r}", fix=did_you_mean(name, modes))
     return modes[name]
-

@@ -54,9 +54,7 @@ def round_float(values: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     return whole + away.to(values.dtype) * torch.sign(rest)
 
 
-def rounding_shift_right(
-    values: torch.Tensor, shift: torch.Tensor | int, rounding: Rounding
-) -> torch.Tensor:
+def rounding_shift_right(values: torch.Tensor, shift: torch.Tensor | int, rounding: Rounding) -> torch.Tensor:
     """`values / 2**shift` rounded to integers.
 
     Args:

@@ -95,7 +95,9 @@ class _Parser:
 
     def _expect(self, letter: str) -> None:
         if self._peek() != letter:
-            raise self._error(f"expected {letter!r}, found {self._peek()!r}" if self._peek() else f"expected {letter!r}")
+            raise self._error(
+                f"expected {letter!r}, found {self._peek()!r}" if self._peek() else f"expected {letter!r}"
+            )
         self.position += 1
 
     def _error(self, what: str) -> UserError:
@@ -137,7 +139,5 @@ def _convert(owner: str, key: str, text: str, kind: Any) -> Any:
                 return None if text == "none" else _convert(owner, key, text, choice)
     except (KeyError, ValueError) as error:
         wanted = getattr(kind, "__name__", str(kind))
-        raise UserError(
-            f"option {key!r} of {owner} cannot be {text!r}", why=f"it takes a {wanted}"
-        ) from error
+        raise UserError(f"option {key!r} of {owner} cannot be {text!r}", why=f"it takes a {wanted}") from error
     raise UserError(f"option {key!r} of {owner} cannot be given as text", fix="build the pass in Python")

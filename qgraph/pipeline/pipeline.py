@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from torch import fx
 
 from qgraph.errors import PassError, QGraphError, UserError, did_you_mean
-from qgraph.ir.copying import copy_graph
-from qgraph.ir.node_info import ExampleInputs, GraphInfo, Refusal, graph_info, info, update_graph_info
+from qgraph.ir.copying import copy_graph, drop_unused_modules
+from qgraph.ir.node_info import ExampleInputs, GraphInfo, graph_info, info, update_graph_info
 from qgraph.ir.stage import Stage
 from qgraph.ir.verifier import structural_hash, verify
 from qgraph.memory import paused_collection
@@ -176,14 +176,16 @@ class Pipeline(Pass):
         *,
         checks: CheckLevel = CheckLevel.NUMERICS,
         observers: Iterable[PassObserver] = (),
+        in_place: bool = False,
     ) -> PipelineResult:
         """Runs the passes on a copy of `gm`'s graph.
 
         Args:
-            gm: a graph made by qgraph; it is not changed.
+            gm: a graph made by qgraph; it is not changed unless `in_place`.
             ctx: target and quantization choices; the example inputs default to those of the capture.
             checks: how much to check after each pass.
             observers: objects that watch the run.
+            in_place: work on `gm` itself, for callers that own it; after an error it is left half done.
 
         Returns:
             The new module, whether anything changed, and a report per pass.
@@ -200,7 +202,7 @@ class Pipeline(Pass):
             context = replace(context, example=graph_info(gm).example)
         runner = _Runner(context, checks, [*observers, *environment_observers()])
         with paused_collection():
-            return runner.run_all(self, gm)
+            return runner.run_all(self, gm, in_place=in_place)
 
     def validate(self, start: GraphInfo) -> None:
         """Checks stages and requirements of the whole list before anything runs.
@@ -281,9 +283,7 @@ def _locate(
         return BisectResult(member.name, position, found)
     node, difference = first
     record = info(node)
-    return BisectResult(
-        member.name, position, found, node.name, record.site, str(record.source), difference
-    )
+    return BisectResult(member.name, position, found, node.name, record.site, str(record.source), difference)
 
 
 class _Runner:
@@ -296,14 +296,14 @@ class _Runner:
         self.reports: list[PassReport] = []
         self.reference: Any = _UNKNOWN
 
-    def run_all(self, pipeline: Pipeline, gm: fx.GraphModule) -> PipelineResult:
+    def run_all(self, pipeline: Pipeline, gm: fx.GraphModule, *, in_place: bool) -> PipelineResult:
         expected = graph_info(gm).expected
         if expected is not None:
             self.reference = expected
         elif self.checks >= CheckLevel.NUMERICS and self.ctx.example is not None:
             self.reference = run_example(gm, self.ctx.example)
-        current, changed = self._run_members(pipeline, copy_graph(gm))
-        current.delete_all_unused_submodules()
+        current, changed = self._run_members(pipeline, gm if in_place else copy_graph(gm))
+        drop_unused_modules(current)
         current.recompile()
         update_graph_info(current, expected=None if self.reference is _UNKNOWN else self.reference)
         notes = tuple(note for report in self.reports for note in report.notes)
@@ -366,7 +366,7 @@ class _Runner:
         return result
 
     def _check(self, member: Pass, result: PassResult, before: str | None) -> list[str]:
-        done = []
+        done: list[str] = []
         if before is not None and not result.changed and structural_hash(result.gm) != before:
             raise PassError(
                 f"the pass {member.name} changed the graph and said it did not",
@@ -406,10 +406,7 @@ class _Runner:
 
 def _record_run(member: Pass, result: PassResult) -> None:
     record = graph_info(result.gm)
-    refusals: tuple[Refusal, ...] = record.refusals
-    for refusal in result.refusals:
-        if refusal not in refusals:
-            refusals = (*refusals, refusal)
+    refusals = tuple(dict.fromkeys((*record.refusals, *result.refusals)))
     update_graph_info(
         result.gm,
         stage=member.result_stage or record.stage,

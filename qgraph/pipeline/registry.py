@@ -23,6 +23,7 @@ _BUILT_IN = {
     "detect-shared-modules": "passes.detect_shared_modules:DetectSharedModules",
     "split-shared-modules": "passes.split_shared_modules:SplitSharedModules",
     "fuse-conv-bn-add-relu": "passes.fuse_conv_bn_add_relu:FuseConvBnAddRelu",
+    "use-channels-last": "passes.use_channels_last:UseChannelsLast",
     "split-nonuniform-constants": "passes.split_nonuniform_constants:SplitNonuniformConstants",
     "decompose-composites": "passes.decompose_composites:DecomposeComposites",
     "insert-quant-stubs": "passes.insert_quant_stubs:InsertQuantStubs",

@@ -44,7 +44,9 @@ def calibrate(
     count = 0
     try:
         with torch.no_grad():
-            for batch in tqdm(islice(loader, num_steps), total=total, desc="calibrate", disable=not progress, leave=False):
+            for batch in tqdm(
+                islice(loader, num_steps), total=total, desc="calibrate", disable=not progress, leave=False
+            ):
                 args, kwargs = batch_inputs(batch, names)
                 gm(*args, **kwargs)
                 count += 1

@@ -40,7 +40,7 @@ def convert(
         observers: objects that watch the passes.
 
     Returns:
-        A `GraphModule` in stage INTEGER of `torch.ops.qgraph` operators. It takes and returns what the float model does.
+        A `GraphModule` in stage INTEGER of `torch.ops.qgraph` operators; it takes and returns what the model does.
 
     Raises:
         StateError: the model has not been calibrated.
@@ -53,7 +53,7 @@ def convert(
         target = get_target(graph_info(gm).target or "bpu")
         ctx = PassContext(example=graph_info(gm).example, target=target)
         chosen = pipeline or convert_pipeline(strict=strict)
-        result = chosen.run(frozen, ctx, checks=checks, observers=observers)
+        result = chosen.run(frozen, ctx, checks=checks, observers=observers, in_place=True)
     update_graph_info(result.gm, expected=None)
     return result.gm
 
@@ -64,4 +64,3 @@ def _settled_copy(gm: fx.GraphModule) -> fx.GraphModule:
     set_fake_quantize(twin, FakeQuantState.VALIDATION)
     update_graph_info(twin, expected=None)
     return twin
-

@@ -26,9 +26,7 @@ class FakeQuantize(nn.Module):
 
     scale: torch.Tensor
 
-    def __init__(
-        self, site: str, qtype: QType, observer: Observer | None, *, fixed_scale: float | None = None
-    ) -> None:
+    def __init__(self, site: str, qtype: QType, observer: Observer | None, *, fixed_scale: float | None = None) -> None:
         super().__init__()
         self.site = site
         self.qtype = qtype
@@ -101,7 +99,7 @@ class FakeQuantize(nn.Module):
         return f"{self.qtype}, scale={step}, state={self.state}"
 
     def _apply(self, fn, recurse: bool = True) -> FakeQuantize:  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._cached = None
         return self
 
@@ -132,8 +130,8 @@ class WeightFakeQuantize(FakeQuantize):
 class BiasFakeQuantize(nn.Module):
     """Rounds a bias to the accumulator's grid, whose step is input scale times weight scale.
 
-    The step follows from two other sites, so it is written by `refresh_bias_scales` when the graph enters VALIDATION; in
-    the other states the bias passes unchanged, as its rounding is far below one step of the result.
+    The step follows from two other sites, so it is written by `refresh_bias_steps` when the graph enters VALIDATION;
+    in the other states the bias passes unchanged, as its rounding is far below one step of the result.
     """
 
     step: torch.Tensor

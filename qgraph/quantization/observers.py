@@ -109,9 +109,7 @@ class MovingAverageMinMaxObserver(Observer):
     def __init__(self, averaging_constant: float = 0.01, ch_axis: int = -1) -> None:
         super().__init__(ch_axis)
         if not 0.0 <= averaging_constant <= 1.0:
-            raise QuantizationError(
-                f"averaging_constant is {averaging_constant}", fix="give a number from 0 to 1"
-            )
+            raise QuantizationError(f"averaging_constant is {averaging_constant}", fix="give a number from 0 to 1")
         self.averaging_constant = averaging_constant
 
     def _update(self, low: torch.Tensor, high: torch.Tensor) -> None:

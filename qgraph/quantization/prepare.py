@@ -21,7 +21,7 @@ from qgraph.targets import Target, get_target
 # constants are split while a division is still one operator.
 PREPARE = (
     "canonicalize,fold-constants,eliminate-dead-code,split-shared-modules,fuse-conv-bn-add-relu,"
-    "split-nonuniform-constants,decompose-composites,insert-quant-stubs,assign-dtypes,high-precision-output,"
+    "use-channels-last,split-nonuniform-constants,decompose-composites,insert-quant-stubs,assign-dtypes,high-precision-output,"
     "insert-fake-quant"
 )
 
@@ -74,10 +74,12 @@ def prepare(
     with paused_collection():
         gm = trace_shared(model, example_inputs, method, waive=waive, leaf_modules=leaf_modules, verify=verify)
         ctx = PassContext(target=chosen, setters=setters)
-        result = (pipeline or prepare_pipeline()).run(gm, ctx, checks=checks, observers=observers)
+        result = (pipeline or prepare_pipeline()).run(gm, ctx, checks=checks, observers=observers, in_place=True)
         own_tensors(result.gm, model)
     update_graph_info(result.gm, target=chosen.name)
-    if not any(True for node in result.gm.graph.nodes if node.op == "call_module" and "quantizers." in str(node.target)):
+    if not any(
+        True for node in result.gm.graph.nodes if node.op == "call_module" and "quantizers." in str(node.target)
+    ):
         raise UserError(
             "nothing in this model can be quantized",
             where="; ".join(graph_info(result.gm).notes[:8]) or type(model).__name__,

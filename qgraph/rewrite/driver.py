@@ -1,7 +1,7 @@
 """Applies rules until none fires.
 
-Each change is followed by a fresh match of the nodes around it, so no rule acts on a stale picture. Nodes whose memory is
-written in place are never matched. Every refusal is kept: "why was this not fused" is a question to the data.
+Each change is followed by a fresh match of the nodes around it, so no rule acts on a stale picture. Nodes whose memory
+is written in place are never matched. Every refusal is kept: "why was this not fused" is a question to the data.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Worklist:
 
     def __init__(self, edit: Editor, by_op: dict[Op, list[Rule]]) -> None:
         self.by_op = by_op
-        self.queue = deque(node for node in edit.graph.nodes if info(node).op in by_op)
+        self.queue: deque[fx.Node] = deque(node for node in edit.graph.nodes if info(node).op in by_op)
         self.waiting = set(self.queue)
         self.gone: set[fx.Node] = set()
         self.last_created: fx.Node | None = None

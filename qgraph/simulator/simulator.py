@@ -100,7 +100,16 @@ class SimulatorRun:
     def report(self) -> str:
         """A table with one row per operator."""
         rows = [
-            (op.site, op.op, op.cost.unit, op.cost.macs, op.cost.bytes, round(op.cost.cycles), op.cost.bound, op.saturated)
+            (
+                op.site,
+                op.op,
+                op.cost.unit,
+                op.cost.macs,
+                op.cost.bytes,
+                round(op.cost.cycles),
+                op.cost.bound,
+                op.saturated,
+            )
             for op in self.ops
         ]
         headers = ("site", "op", "unit", "MACs", "bytes", "cycles", "bound", "saturated")
@@ -231,9 +240,7 @@ class _Session:
             return
         cost = op_cost(node, self.simulator.gm, self.simulator.target)
         elements = value.numel() if isinstance(value, torch.Tensor) else 0
-        self.result.ops.append(
-            OpReport(record.site, record.op.name, cost, trace.saturated, trace.overflowed, elements)
-        )
+        self.result.ops.append(OpReport(record.site, record.op.name, cost, trace.saturated, trace.overflowed, elements))
 
     def _injected(self, site: str, value: Any) -> torch.Tensor:
         given = self.inject[site]

@@ -26,9 +26,12 @@ else:
 ENTRY_POINT_GROUP = "qgraph.targets"
 BUILT_IN = ("bpu",)
 
-_KEYS = {
-    "name", "description", "symmetric", "weight_per_channel", "tables", "sampling", "arithmetic", "ops", "units", "memory",
-}  # fmt: skip
+_KEYS = {"name", "description", "symmetric", "weight_per_channel", "tables", "sampling"} | {
+    "arithmetic",
+    "ops",
+    "units",
+    "memory",
+}
 _OP_KEYS = {"names", "unit", "legal"}
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import pydot
 from torch import fx
@@ -67,7 +68,7 @@ def draw_diff(before: fx.GraphModule, after: fx.GraphModule, path: str | Path, *
             for site, text in ours.items()
         }
         _add_graph(side, gm, prefix=f"{label}_", roles=roles)
-        dot.add_subgraph(side)
+        dot.add_subgraph(cast(pydot.Subgraph, side))
     dot.add_node(_legend(Role.diff_roles()))
     return write(dot, path)
 
@@ -109,14 +110,14 @@ def write(dot: pydot.Dot, path: str | Path) -> Path:
     try:
         data = dot.create(format=target.suffix.removeprefix("."))
     except Exception as error:
-        raise DrawError("graphviz could not lay the graph out", why=str(error), fix="draw to .dot and look at it") from error
-    target.write_bytes(data)
+        raise DrawError(
+            "graphviz could not lay the graph out", why=str(error), fix="draw to .dot and look at it"
+        ) from error
+    target.write_bytes(cast(bytes, data))
     return target
 
 
-def _add_graph(
-    parent: pydot.Dot | pydot.Cluster, gm: fx.GraphModule, *, prefix: str, roles: Mapping[str, Role] | None
-) -> list[Role]:
+def _add_graph(parent: pydot.Graph, gm: fx.GraphModule, *, prefix: str, roles: Mapping[str, Role] | None) -> list[Role]:
     """Adds nodes, module clusters and edges; returns the roles that occur."""
     drawn = [node for node in gm.graph.nodes if not _hidden(node)]
     clusters = _Clusters(parent, prefix, [_module_path(node) for node in drawn])
@@ -136,7 +137,7 @@ def _add_graph(
 class _Clusters:
     """Nested boxes for module paths; a path that holds fewer than two nodes gets none."""
 
-    def __init__(self, parent: pydot.Dot | pydot.Cluster, prefix: str, paths: Iterable[str]) -> None:
+    def __init__(self, parent: pydot.Graph, prefix: str, paths: Iterable[str]) -> None:
         self.root = parent
         self.prefix = prefix
         self.known: dict[str, pydot.Cluster] = {}
@@ -147,9 +148,9 @@ class _Clusters:
                 inner = ".".join(parts[:depth])
                 self.counts[inner] = self.counts.get(inner, 0) + 1
 
-    def holder(self, path: str) -> pydot.Dot | pydot.Cluster:
+    def holder(self, path: str) -> pydot.Graph:
         """The box in which a node of module `path` belongs."""
-        current: pydot.Dot | pydot.Cluster = self.root
+        current: pydot.Graph = self.root
         parts = path.split(".") if path else []
         for depth in range(1, len(parts) + 1):
             inner = ".".join(parts[:depth])
@@ -157,9 +158,14 @@ class _Clusters:
                 break
             if inner not in self.known:
                 cluster = pydot.Cluster(
-                    f"{self.prefix}{inner}", label=inner, style="rounded", color="#a0a8b8", fontcolor="#505868", fontsize="11"
+                    f"{self.prefix}{inner}",
+                    label=inner,
+                    style="rounded",
+                    color="#a0a8b8",
+                    fontcolor="#505868",
+                    fontsize="11",
                 )
-                current.add_subgraph(cluster)
+                current.add_subgraph(cast(pydot.Subgraph, cluster))
                 self.known[inner] = cluster
             current = self.known[inner]
         return current
@@ -232,7 +238,9 @@ def _label(node: fx.Node) -> str:
     lines = [kind, wrapped(record.site)]
     if record.weight_plan is not None:
         lines.append(f"weight {record.weight_plan.format}")
-    weights = [used for used in node.all_input_nodes if info(used).op is CONSTANT and str(used.target).endswith("_weight")]
+    weights = [
+        used for used in node.all_input_nodes if info(used).op is CONSTANT and str(used.target).endswith("_weight")
+    ]
     lines += [f"weight {format_spec(info(weight).value)}" for weight in weights]
     if record.float_reason is not None:
         lines.append("float: " + wrapped(record.float_reason, width=28))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from enum import Enum
+from typing import Any
 
 from torch import fx
 
@@ -12,9 +13,10 @@ from qgraph.ir.op import OpKind
 from qgraph.ir.stage import Stage
 from qgraph.nn import Activation, Fused
 
-GRAPH = {"fontname": "Helvetica", "fontsize": "14", "rankdir": "TB", "nodesep": "0.25", "ranksep": "0.35"}
-NODE = {"shape": "box", "style": "rounded,filled", "fontname": "Helvetica", "fontsize": "10", "margin": "0.12,0.06"}
-EDGE = {"fontname": "Helvetica", "fontsize": "8", "fontcolor": "#555555", "color": "#666666", "arrowsize": "0.6"}
+_FONT = {"fontname": "Helvetica"}
+GRAPH: dict[str, Any] = {**_FONT, "fontsize": "14", "rankdir": "TB", "nodesep": "0.25", "ranksep": "0.35"}
+NODE: dict[str, Any] = {**_FONT, "shape": "box", "style": "rounded,filled", "fontsize": "10", "margin": "0.12,0.06"}
+EDGE: dict[str, Any] = {**_FONT, "fontsize": "8", "fontcolor": "#555555", "color": "#666666", "arrowsize": "0.6"}
 
 
 class Role(Enum):

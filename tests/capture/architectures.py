@@ -83,7 +83,16 @@ ARCHITECTURES = [
     Architecture("yolos", _of("YolosModel", "YolosConfig", **{**_IMAGE, "image_size": [32, 32]}), pixels()),
     Architecture(
         "swin",
-        _of("SwinModel", "SwinConfig", image_size=32, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4),
+        _of(
+            "SwinModel",
+            "SwinConfig",
+            image_size=32,
+            patch_size=2,
+            embed_dim=8,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=4,
+        ),
         pixels(),
     ),
     Architecture(
@@ -111,9 +120,7 @@ ARCHITECTURES = [
         ),
         pixels(),
     ),
-    Architecture(
-        "clip_vision", _of("CLIPVisionModel", "CLIPVisionConfig", **_IMAGE), pixels()
-    ),
+    Architecture("clip_vision", _of("CLIPVisionModel", "CLIPVisionConfig", **_IMAGE), pixels()),
     Architecture(
         "whisper_encoder",
         lambda hf: hf.WhisperModel(

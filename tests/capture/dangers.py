@@ -380,7 +380,9 @@ CASES = [
     Case("namedtuple_output", lambda: Function(lambda m, x: Pair(x * 2, x.sort().values)), one),
     Case("return_type_output", lambda: Function(lambda m, x: x.max(dim=1)), one),
     Case("nested_input", lambda: Function(nested_input), nested_example),
-    Case("dataclass_input", lambda: Function(dataclass_input), lambda: (Output(torch.randn(2, 3), (torch.randn(2, 3),)),)),
+    Case(
+        "dataclass_input", lambda: Function(dataclass_input), lambda: (Output(torch.randn(2, 3), (torch.randn(2, 3),)),)
+    ),
     Case("none_input", lambda: Function(none_input), lambda: (torch.randn(2, 3), None)),
     Case("shared_module", lambda: Function(lambda m, x: m.linear(m.linear(x)), linear=nn.Linear(6, 6)), one),
     Case("tied_weight", lambda: Function(tied_calls, linear=nn.Linear(6, 6)), one),

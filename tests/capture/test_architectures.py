@@ -23,7 +23,8 @@ def test_capture_is_exact(architecture: Architecture) -> None:
     assert graph_info(gm).batch_fixed is None
     paths = {path for path, _ in model.named_modules()}
     modules = [node for node in gm.graph.nodes if node.op == "call_module" and node.target != "_input_guard"]
-    assert modules and all(node.target in paths for node in modules)
+    assert modules
+    assert all(node.target in paths for node in modules)
     assert all(info(node).source is not None for node in modules)
     for seed, batch in ((5, 1), (6, 2), (7, 5)):
         inputs = {name: tensor[:1].repeat(batch, *[1] * (tensor.dim() - 1)) for name, tensor in example.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -62,10 +63,8 @@ def test_model_and_inputs_are_not_changed(case: Case) -> None:
     before = copy.deepcopy(dict(model.named_parameters()) | dict(model.named_buffers()))
     attributes = {name: id(value) for name, value in vars(model).items()}
     inputs = [tensor.clone() for tensor in tensors_in(example)]
-    try:
+    with contextlib.suppress(CaptureError):
         trace(model, example)
-    except CaptureError:
-        pass
     for name, tensor in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
         assert torch.equal(tensor, before[name])
     assert {name: id(value) for name, value in vars(model).items()} == attributes

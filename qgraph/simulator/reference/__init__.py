@@ -1,5 +1,9 @@
 """Reference kernels in plain int64: obviously right, the measure of every faster set."""
 
+from collections.abc import Callable
+
+import torch
+
 from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize
 from qgraph.simulator.reference.products import conv, linear, matmul
 from qgraph.simulator.reference.windows import (
@@ -11,7 +15,7 @@ from qgraph.simulator.reference.windows import (
     resize_bilinear,
 )
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "adaptive_avg_pool": adaptive_avg_pool,
     "add": add,
     "avg_pool": avg_pool,

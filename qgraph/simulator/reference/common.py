@@ -21,9 +21,7 @@ def accumulated(sums: torch.Tensor, arithmetic: Arithmetic, trace: KernelTrace |
     return held
 
 
-def finished(
-    scaled: torch.Tensor, low: int, high: int, format: str, trace: KernelTrace | None
-) -> torch.Tensor:
+def finished(scaled: torch.Tensor, low: int, high: int, format: str, trace: KernelTrace | None) -> torch.Tensor:
     """Rescaled values (int64) between the bounds, in the format's storage dtype."""
     qtype = parse_qtype(format)
     if trace is not None:

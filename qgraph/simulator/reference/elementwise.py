@@ -12,9 +12,7 @@ from qgraph.simulator.reference.common import finished, requantized, wide
 from qgraph.simulator.trace import KernelTrace
 
 
-def quantize(
-    x: torch.Tensor, scale: torch.Tensor, *, format: str, trace: KernelTrace | None = None
-) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: torch.Tensor, *, format: str, trace: KernelTrace | None = None) -> torch.Tensor:
     """Codes of real numbers `x` (any shape): `saturate(round_half_even(x * (1 / scale)))` in float32."""
     qtype = parse_qtype(format)
     if trace is not None:
@@ -23,9 +21,7 @@ def quantize(
     return quantize_values(x, QParams(scale, qtype))
 
 
-def dequantize(
-    x: torch.Tensor, scale: torch.Tensor, *, axis: int, trace: KernelTrace | None = None
-) -> torch.Tensor:
+def dequantize(x: torch.Tensor, scale: torch.Tensor, *, axis: int, trace: KernelTrace | None = None) -> torch.Tensor:
     """Real numbers of codes `x` (any shape): `x * scale` in float32; `axis` -1 for one scale per tensor."""
     # The format only bounds codes, and these exist already.
     return dequantize_codes(x, QParams(scale, parse_qtype("int32"), axis=None if scale.dim() == 0 else axis))
@@ -85,8 +81,6 @@ def mul(
     return requantized(wide(x) * wide(y), multiplier, shift, arithmetic, low, high, format, trace)
 
 
-def lookup(
-    x: torch.Tensor, table: torch.Tensor, *, source: str, trace: KernelTrace | None = None
-) -> torch.Tensor:
+def lookup(x: torch.Tensor, table: torch.Tensor, *, source: str, trace: KernelTrace | None = None) -> torch.Tensor:
     """The table's entry for every code of `x`, interpolated where the table has fewer entries than codes."""
     return look_up(x, table, parse_qtype(source)).to(table.dtype)

@@ -1,8 +1,8 @@
 """Reference kernels: convolutions, linear and matrix products.
 
-    acc = sum(x * w) + bias                             exact, then as the accumulator holds it
-    y   = saturate(rescale(acc))                        without a residual
-    y   = saturate(round(acc * Ma + r * Mr, shift))     with one: both terms at one shift, rounded once
+acc = sum(x * w) + bias                             exact, then as the accumulator holds it
+y   = saturate(rescale(acc))                        without a residual
+y   = saturate(round(acc * Ma + r * Mr, shift))     with one: both terms at one shift, rounded once
 """
 
 from __future__ import annotations
@@ -47,12 +47,24 @@ def conv(
         options = (list(stride), list(padding), list(output_padding), groups, list(dilation))
         sums = _TRANSPOSED[rank - 1](_exact(x), _exact(weight), None, *options)
     else:
-        sums = _CONVOLUTIONS[rank - 1](_exact(x), _exact(weight), None, list(stride), list(padding), list(dilation), groups)
+        sums = _CONVOLUTIONS[rank - 1](
+            _exact(x), _exact(weight), None, list(stride), list(padding), list(dilation), groups
+        )
     sums = wide(sums)
     if bias is not None:
         sums = sums + wide(bias).reshape(-1, *[1] * rank)
-    parameters = [along_channels(value, rank + 2) for value in (multiplier, shift, residual_multiplier)]
-    return _finish_product(sums, residual, *parameters, arithmetic, low, high, format, trace)
+    return _finish_product(
+        sums,
+        residual,
+        along_channels(multiplier, rank + 2),
+        along_channels(shift, rank + 2),
+        along_channels(residual_multiplier, rank + 2),
+        arithmetic,
+        low,
+        high,
+        format,
+        trace,
+    )
 
 
 def linear(
@@ -74,9 +86,7 @@ def linear(
     sums = wide(torch.matmul(_exact(x), _exact(weight).t()))
     if bias is not None:
         sums = sums + wide(bias)
-    return _finish_product(
-        sums, residual, multiplier, shift, residual_multiplier, arithmetic, low, high, format, trace
-    )
+    return _finish_product(sums, residual, multiplier, shift, residual_multiplier, arithmetic, low, high, format, trace)
 
 
 def matmul(

@@ -142,8 +142,6 @@ def resize_bilinear(
     return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
 
 
-def clamp_codes(
-    x: torch.Tensor, *, low: int, high: int, format: str, trace: KernelTrace | None = None
-) -> torch.Tensor:
+def clamp_codes(x: torch.Tensor, *, low: int, high: int, format: str, trace: KernelTrace | None = None) -> torch.Tensor:
     """Codes between two bounds, at an unchanged scale."""
     return x.clamp(low, high).to(parse_qtype(format).storage)
