@@ -463,7 +463,7 @@ class _FunctionMode(TorchFunctionMode):
     """Sees torch functions and methods called by the forward, outside leaf modules."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -500,7 +500,7 @@ class _DispatchMode(TorchDispatchMode):
     """Sees every kernel: taint, randomness, values that leave torch, and kernels nobody announced."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -78,7 +78,7 @@ class DemoResult:
             ("SQNR of the logits, integer against float", f"{self.sqnr:.1f} dB"),
             (
                 "integers that differ from fake-quant, all sites",
-                f"{differing} of {elements} ({differing / elements:.4%})",
+                f"{differing} of {elements}",
             ),
             ("largest difference", f"{max(site.largest for site in self.sites)} step(s)"),
             ("lowest agreement of a site", _worst(self.sites)),
