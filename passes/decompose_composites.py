@@ -27,7 +27,7 @@ from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.values import TensorSpec
 from qgraph.nn import Affine
 from qgraph.pipeline import Numerics, Pass, PassContext, PassResult, close
-from qgraph.rewrite import Verdict, no, yes
+from qgraph.rewrite import Verdict, no, skip, yes
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _layer_norm(node: fx.Node, steps: _Steps) -> None:
 def _check_div(node: fx.Node) -> Verdict:
     bound = bind(node)
     if not isinstance(bound.operand("other"), fx.Node):
-        return Verdict("")  # division by a number is one operator: nothing to take apart, nothing to report
+        return skip()  # division by a number is one operator: nothing to take apart
     if bound.option("rounding_mode") is not None:
         return no("it rounds its quotient", node)
     return _float_input(node)

@@ -645,6 +645,12 @@ CHUNK = _move("chunk", torch.chunk, lambda input, chunks, dim=0: None, spelled=(
 UNBIND = _move("unbind", torch.unbind, lambda input, dim=0: None, spelled=("unbind",))
 SELECT = _move("select", torch.select, lambda input, dim, index: None, spelled=("select",))
 NARROW = _move("narrow", torch.narrow, lambda input, dim, start, length: None, spelled=("narrow",))
+INDEX_SELECT = _move(
+    "index_select",
+    torch.index_select,
+    lambda input, dim, index: None,
+    spelled=("index_select", aten.index_select.default),
+)
 ROLL = _move("roll", torch.roll, lambda input, shifts, dims=None: None, spelled=("roll",))
 FLIP = _move(
     "flip",

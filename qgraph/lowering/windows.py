@@ -17,7 +17,7 @@ from torch import fx
 
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info
-from qgraph.ir.op_table import MEAN
+from qgraph.ir.op_table import INDEX_SELECT, MEAN
 from qgraph.lowering.base import (
     Lowering,
     LoweringContext,
@@ -161,9 +161,9 @@ class InterpolateLowering(Lowering):
             positions = torch.arange(size_out, dtype=torch.float32) * torch.tensor(steps[axis], dtype=torch.float32)
             index = torch.floor(positions).to(torch.int64).clamp(max=size_in - 1)
             indices = ctx.tensor(node, f"index_{axis}", index)
-            current = ctx.edit.call_function(
-                torch.index_select, (current, 2 + axis, indices), op=info(node).op, like=node
-            )
+            # Only the last step is the resize itself; the others are sites of their own.
+            site = None if axis == rank - 1 else f"{info(node).site}.axis{axis}"
+            current = ctx.edit.call(INDEX_SELECT, current, like=node, site=site, dim=2 + axis, index=indices)
             shape = [*shape_of(x)[:2], *shape_of(node)[2 : 3 + axis], *shape_of(x)[3 + axis :]]
             ctx.moved(current, node, ctx.qparams(x), tuple(shape))
         return current

@@ -2,7 +2,7 @@
 
 from qgraph.rewrite.driver import Rewriting, rewrite_graph
 from qgraph.rewrite.pattern import Call, Match, Pattern, any_value, call, constant, optional
-from qgraph.rewrite.rule import Rule, Verdict, no, yes
+from qgraph.rewrite.rule import Rule, Verdict, no, skip, yes
 
 __all__ = [
     "Call",
@@ -17,5 +17,6 @@ __all__ = [
     "no",
     "optional",
     "rewrite_graph",
+    "skip",
     "yes",
 ]

@@ -75,7 +75,8 @@ def _apply_first(node: fx.Node, rules: list[Rule], edit: Editor, result: Rewriti
                 rule.rewrite(match, edit)
                 result.fired[rule.name] = result.fired.get(rule.name, 0) + 1
                 return rule
-            refusal = refusal or _refusal(rule, match, verdict)
+            if verdict.reason:
+                refusal = refusal or _refusal(rule, match, verdict)
         if refusal is not None:
             result.refusals[(rule.name, site)] = refusal
     return None

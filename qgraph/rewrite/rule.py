@@ -32,6 +32,11 @@ def no(reason: str, node: fx.Node | None = None) -> Verdict:
     return Verdict(reason, node)
 
 
+def skip() -> Verdict:
+    """The rule must not fire, and nobody needs to know why: the case has nothing to do with it."""
+    return Verdict("")
+
+
 class Rule(ABC):
     """One rewrite.
 

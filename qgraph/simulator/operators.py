@@ -14,6 +14,7 @@ import torch
 from qgraph.ir.integer import NAMESPACE
 from qgraph.numerics import parse_qtype
 from qgraph.simulator.reference import KERNELS
+from qgraph.simulator.reference.windows import max_pool_size
 
 _BOUNDS = "str arithmetic, int low, int high, str format"
 _PRODUCT = "Tensor? bias, Tensor? residual, Tensor? multiplier, Tensor? shift, Tensor? residual_multiplier"
@@ -63,16 +64,7 @@ def _fake_conv(x, weight, bias, residual, multiplier, shift, residual_multiplier
 
 def _fake_max_pool(x, **options):  # type: ignore[no-untyped-def]
     rank = len(options["kernel_size"])
-    out = list(x.shape[:-rank])
-    for axis in range(rank):
-        size, kernel = x.shape[axis - rank], options["kernel_size"][axis]
-        step, pad, dilation = (options[name][axis] for name in ("stride", "padding", "dilation"))
-        span = size + 2 * pad - dilation * (kernel - 1) - 1
-        count = -(-span // step) + 1 if options["ceil_mode"] else span // step + 1
-        if options["ceil_mode"] and (count - 1) * step >= size + pad:
-            count -= 1
-        out.append(count)
-    return x.new_empty(out)
+    return x.new_empty([*x.shape[:-rank], *max_pool_size(x.shape[-rank:], **options)])
 
 
 def _fake_pool(x, multiplier, shift, **options):  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +23,56 @@ def max_pool(
     ceil_mode: bool,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """The largest code in each window of `x` `[N, C, *in]`; padding never wins."""
-    rank = len(kernel_size)
-    if rank == 1:  # torch has no one-dimensional integer kernel
-        pooled = max_pool(
-            x.unsqueeze(-2),
-            kernel_size=(1, *kernel_size),
-            stride=(1, *stride),
-            padding=(0, *padding),
-            dilation=(1, *dilation),
-            ceil_mode=ceil_mode,
-        )
-        return pooled.squeeze(-2)
-    pool = F.max_pool2d if rank == 2 else F.max_pool3d
-    result: torch.Tensor = pool(x, list(kernel_size), list(stride), list(padding), list(dilation), ceil_mode)
+    """The largest code in each window of `x` `[N, C, *in]`; padding never wins.
+
+    torch's own integer kernels index channels_last windows in the tensor's dtype and overflow, so this takes windows
+    as views.
+    """
+    size = max_pool_size(x.shape[-len(kernel_size) :], kernel_size, stride, padding, dilation, ceil_mode)
+    reach = [step * (kernel - 1) + 1 for step, kernel in zip(dilation, kernel_size, strict=True)]
+    windows = _windows(wide(x), reach, stride, padding, size, value=torch.iinfo(x.dtype).min)
+    kept: Any = (..., *(slice(None, None, step) for step in dilation))
+    return windows[kept].amax(dim=tuple(range(-len(kernel_size), 0))).to(x.dtype)
+
+
+def max_pool_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> list[int]:
+    """Output size of a max pool over spatial dimensions of `size`, as torch computes it."""
+    result = []
+    for n, kernel, step, pad, spread in zip(size, kernel_size, stride, padding, dilation, strict=True):
+        span = n + 2 * pad - spread * (kernel - 1) - 1
+        count = -(-span // step) + 1 if ceil_mode else span // step + 1
+        # The last window must start inside the input or its left padding.
+        result.append(count - 1 if ceil_mode and (count - 1) * step >= n + pad else count)
     return result
+
+
+def _windows(
+    x: torch.Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_size: Sequence[int],
+    *,
+    value: int,
+) -> torch.Tensor:
+    """`x` `[*, *in]` as windows `[*, *output_size, *kernel_size]`, padded with `value` on both sides as needed."""
+    rank = len(kernel_size)
+    reach = [(out - 1) * step + kernel for out, step, kernel in zip(output_size, stride, kernel_size, strict=True)]
+    after = [max(0, r - n - pad) for r, n, pad in zip(reach, x.shape[-rank:], padding, strict=True)]
+    pads = [amount for axis in reversed(range(rank)) for amount in (padding[axis], after[axis])]
+    windows = F.pad(x, pads, value=value)
+    first = x.dim() - rank
+    for axis in range(rank):
+        windows = windows.unfold(first + axis, kernel_size[axis], stride[axis])
+        windows = windows.narrow(first + axis, 0, output_size[axis])
+    return windows
 
 
 def avg_pool(
@@ -58,17 +94,8 @@ def avg_pool(
 
     `multiplier` and `shift` broadcast against `[N, C, *output_size]`, because windows at the edge may count fewer.
     """
-    rank = len(kernel_size)
-    reach = [(out - 1) * step + kernel for out, step, kernel in zip(output_size, stride, kernel_size, strict=True)]
-    spatial = x.shape[-rank:]
-    after = [max(0, r - size - pad) for r, size, pad in zip(reach, spatial, padding, strict=True)]
-    pads = [amount for axis in reversed(range(rank)) for amount in (padding[axis], after[axis])]
-    windows = F.pad(wide(x), pads)
-    for axis in range(rank):
-        windows = windows.unfold(x.dim() - rank + axis, kernel_size[axis], stride[axis])
-    for axis in range(rank):
-        windows = windows.narrow(x.dim() - rank + axis, 0, output_size[axis])
-    sums = windows.sum(dim=tuple(range(-rank, 0)))
+    windows = _windows(wide(x), kernel_size, stride, padding, output_size, value=0)
+    sums = windows.sum(dim=tuple(range(-len(kernel_size), 0)))
     return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
 
 

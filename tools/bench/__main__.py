@@ -1,0 +1,33 @@
+"""Runs benchmarks and prints their tables: `python -m tools.bench [prepare growth calibration fidelity]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from tools.bench import calibration, fidelity, growth, prepare
+
+BENCHMARKS: dict[str, Callable[[], str]] = {
+    "prepare": prepare.run,
+    "growth": growth.run,
+    "calibration": calibration.run,
+    "fidelity": fidelity.run,
+}
+
+
+def main(names: list[str]) -> int:
+    """Runs the named benchmarks, all if none is named; returns 1 if a figure to reach was missed."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(f"unknown benchmark {unknown}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    missed = False
+    for name in names or BENCHMARKS:
+        text = BENCHMARKS[name]()
+        missed |= "MISSED" in text
+        print(f"## {name}\n\n{text}\n", flush=True)
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
