@@ -4,7 +4,11 @@
 
 One scale for `10000 ** (2 * i / d)` leaves the small divisors a relative error of their own size. The error of the
 consumer's result is estimated on the example inputs, in steps of the result; where it exceeds `tolerance`, the constant
-is cut into the fewest contiguous groups that meet it, and the parts are joined after the consumer. Bit exact in float.
+is cut into the fewest contiguous groups that meet it, and the parts are joined after the consumer. A constant behind
+the user's QuantStub gets one stub per group. Bit exact in float.
+
+What is rounded decides: a divisor behind a stub is rounded itself; a bare one becomes a reciprocal before it is rounded
+once `decompose-composites` prepares the graph for a target, and that is what is judged if the context has a target.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ from torch import fx
 
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import bind
-from qgraph.ir.editor import Editor
+from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.evaluate import evaluate
-from qgraph.ir.node_info import Refusal, info, tensor_at
+from qgraph.ir.node_info import Refusal, info, module_of, tensor_at
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.values import TensorSpec
+from qgraph.nn import QuantStub
 from qgraph.numerics import QType, choose_qparams, fake_quantize, qint8
 from qgraph.pipeline import Pass, PassContext, PassResult
 from qgraph.quantization.qconfig import SiteQuery, resolve
@@ -59,7 +64,7 @@ class SplitNonuniformConstants(Pass):
         values = _operand_values(gm, ctx, candidates)
         notes, refusals = [], []
         for node in candidates:
-            case = _Case(node, gm, values[node], _format(node, ctx))
+            case = _Case(node, gm, values[node], ctx)
             found = self._groups(case)
             if isinstance(found, str):
                 refusals.append(Refusal(self.name, found, info(node).site, info(node).source))
@@ -100,16 +105,18 @@ class SplitNonuniformConstants(Pass):
 class _Case:
     """One consumer of a constant, with the numbers to judge it."""
 
-    def __init__(self, node: fx.Node, gm: fx.GraphModule, operand: torch.Tensor, qtype: QType) -> None:
+    def __init__(self, node: fx.Node, gm: fx.GraphModule, operand: torch.Tensor, ctx: PassContext) -> None:
         self.node = node
         self.operand = operand
-        self.qtype = qtype
-        self.position, constant_node = _candidate(node) or (0, node)
-        self.constant_node = constant_node
-        self.constant = tensor_at(gm, str(constant_node.target)).detach()
+        self.candidate = _found(node)
+        self.position = self.candidate.position
+        self.qtype = _format(self.candidate.stub or node, ctx)
+        self.constant = tensor_at(gm, str(self.candidate.constant.target)).detach()
+        bare_divisor = info(node).op is ops.DIV and self.position == 1 and self.candidate.stub is None
+        self.inverted = bare_divisor and ctx.target is not None
         self.function = _FUNCTIONS[info(node).op]
         self.result = self._compute(self.operand, self.constant)
-        self.step = self.result.abs().max().item() / -qtype.qmin
+        self.step = self.result.abs().max().item() / -_format(node, ctx).qmin
         self.axis = self._axis()
         self.length = 1 if self.axis is None else self.constant.shape[self.axis]
 
@@ -129,52 +136,82 @@ class _Case:
         if group is not None and self.axis is not None:
             constant = _cut(constant, self.axis, group)
             operand, exact = _cut(operand, self.axis, group), _cut(exact, self.axis, group)
-        rounded = fake_quantize(constant, choose_qparams(constant.min(), constant.max(), self.qtype))
-        gap = (self._compute(operand, rounded) - exact).abs().max().item()
+        if self.inverted:
+            approximate = operand * self._rounded(1 / constant)
+        else:
+            approximate = self._compute(operand, self._rounded(constant))
+        gap = (approximate - exact).abs().max().item()
         return gap / self.step if gap == gap and self.step else (0.0 if gap == 0 else float("inf"))
+
+    def _rounded(self, constant: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(constant, choose_qparams(constant.min(), constant.max(), self.qtype))
 
     def describe(self, groups: list[tuple[int, int]]) -> str:
         """What the split gains, in words."""
         before = self.error((0, self.length))
         after = max(self.error(group) for group in groups)
         return (
-            f"constant {self.constant_node.target} costs {before:.3g} steps of the result with one {self.qtype} scale, "
+            f"constant {self.candidate.constant.target} costs {before:.3g} steps of the result with one {self.qtype} scale, "
             f"{after:.3g} with {len(groups)} groups {groups}"
         )
 
 
-def _candidate(node: fx.Node) -> tuple[int, fx.Node] | None:
-    """Which operand (0 or 1) is a float constant of several elements, next to a computed one."""
+@dataclass(frozen=True)
+class _Candidate:
+    """A float constant of several elements next to a computed operand.
+
+    Args:
+        position: which operand it is, 0 or 1.
+        constant: the node that holds it.
+        stub: the user's QuantStub it is read through, if any.
+    """
+
+    position: int
+    constant: fx.Node
+    stub: fx.Node | None
+
+
+def _candidate(node: fx.Node) -> _Candidate | None:
     if info(node).op not in _CONSUMERS or node.op != "call_function":
         return None
     bound = bind(node)
     if bound.values.get("rounding_mode") is not None or bound.values.get("alpha", 1) != 1:
         return None
     operands = [bound.operand(name) for name in bound.op.operands]
-    constant = [isinstance(value, fx.Node) and info(value).op is ops.CONSTANT for value in operands]
-    if constant.count(True) != 1 or not all(isinstance(value, fx.Node) for value in operands):
+    constants = [_constant(value) for value in operands]
+    if sum(found is not None for found in constants) != 1 or not all(isinstance(one, fx.Node) for one in operands):
         return None
-    position = constant.index(True)
-    spec = tensor_spec(operands[position])
-    other = tensor_spec(operands[1 - position])
-    if (
-        spec is None
-        or other is None
-        or spec.numel < 2
-        or spec.dtype is not torch.float32
-        or other.dtype is not spec.dtype
-    ):
+    position = 0 if constants[0] is not None else 1
+    constant = constants[position]
+    assert constant is not None
+    spec, other = tensor_spec(constant), tensor_spec(operands[1 - position])
+    if spec is None or other is None or spec.numel < 2 or {spec.dtype, other.dtype} != {torch.float32}:
         return None
-    return position, operands[position]
+    return _Candidate(position, constant, None if operands[position] is constant else operands[position])
+
+
+def _found(node: fx.Node) -> _Candidate:
+    candidate = _candidate(node)
+    assert candidate is not None
+    return candidate
+
+
+def _constant(value: Any) -> fx.Node | None:
+    """The constant `value` is, looking through a QuantStub that observes its scale."""
+    if isinstance(value, fx.Node) and info(value).op is ops.QUANT_STUB:
+        stub = module_of(value)
+        if isinstance(stub, QuantStub) and stub.scale is not None:
+            return None
+        value = value.all_input_nodes[0]
+    return value if isinstance(value, fx.Node) and info(value).op is ops.CONSTANT else None
 
 
 def _operand_values(gm: fx.GraphModule, ctx: PassContext, candidates: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
     """The computed operand of each candidate on the example inputs."""
     wanted: dict[fx.Node, list[fx.Node]] = {}
     for node in candidates:
-        position, _ = _candidate(node) or (0, node)
         bound = bind(node)
-        wanted.setdefault(bound.operand(bound.op.operands[1 - position]), []).append(node)
+        wanted.setdefault(bound.operand(bound.op.operands[1 - _found(node).position]), []).append(node)
     values: dict[fx.Node, torch.Tensor] = {}
 
     def observe(node: fx.Node, value: Any) -> None:
@@ -206,9 +243,7 @@ def _split(case: _Case, groups: list[tuple[int, int]], edit: Editor) -> None:
     parts = []
     for index, group in enumerate(groups):
         site = f"{record.site}.group{index}"
-        constant = edit.constant(
-            _cut(case.constant, axis, group).clone(), path=f"{case.constant_node.target}_group{index}", like=node
-        )
+        constant = _constant_part(case, group, index, edit)
         value = _slice(operand, axis, group, f"{site}.slice", node, edit)
         operands = (constant, value) if case.position == 0 else (value, constant)
         part = edit.call(record.op, *operands, like=node, site=site)
@@ -219,6 +254,24 @@ def _split(case: _Case, groups: list[tuple[int, int]], edit: Editor) -> None:
     joined = edit.call(ops.CAT, parts, like=node, dim=axis)
     edit.replace(node, joined)
     edit.rename(joined)
+    for left in (case.candidate.stub, case.candidate.constant):
+        if left is not None and not left.users:
+            edit.erase(left)
+
+
+def _constant_part(case: _Case, group: tuple[int, int], index: int, edit: Editor) -> fx.Node:
+    """A group of the constant, behind a stub of its own if the whole had one."""
+    assert case.axis is not None
+    name = f"{case.candidate.constant.target}_group{index}"
+    constant = edit.constant(_cut(case.constant, case.axis, group).clone(), path=name, like=case.node)
+    if case.candidate.stub is None:
+        return constant
+    site = f"{info(case.node).site}.group{index}.{info(case.candidate.stub).site}"
+    path = edit.free_path(f"stubs.{node_name(site)}")
+    edit.set_module(path, QuantStub().eval())
+    stub = edit.call_module(path, constant, op=ops.QUANT_STUB, like=case.candidate.stub, site=site, before=case.node)
+    edit.annotate(stub, value=info(constant).value, origins=info(case.candidate.stub).stands_for)
+    return stub
 
 
 def _slice(operand: fx.Node, axis: int, group: tuple[int, int], site: str, like: fx.Node, edit: Editor) -> fx.Node:

@@ -22,7 +22,7 @@ from qgraph.ir.op_table import OPAQUE
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.text import called_name
 from qgraph.ir.values import TensorSpec
-from qgraph.numerics import Arithmetic, Factor, QParams, ScaleForm, encode_common_shift
+from qgraph.numerics import Arithmetic, Factor, QParams
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -90,12 +90,6 @@ class LoweringContext:
         arithmetic = self.target.step(step)
         multiplier, shift = self.factor(like, arithmetic.rule.encode(real))
         return multiplier, shift, arithmetic
-
-    def encode_sum(self, factors: torch.Tensor, arithmetic: Arithmetic) -> Factor:
-        """Factors `[terms, ...]` of one sum, as its rule stores them."""
-        if arithmetic.rule.form is ScaleForm.FLOAT:
-            return Factor(factors.to(torch.float32), None)
-        return encode_common_shift(factors, arithmetic.rule.bits)
 
 
 def bounds(result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:

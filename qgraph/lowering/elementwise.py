@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from qgraph.errors import QuantizationError
 from qgraph.ir.arguments import bind
-from qgraph.ir.node_info import info, module_of
+from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op_table import DIV, RELU6, SUB
 from qgraph.lowering.base import Lowering, LoweringContext, bounds, coded, is_number, register_lowering
 from qgraph.numerics import QParams, build_table
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
+
+_LARGEST_OFFSET = 2.0**62
 
 
 class SumLowering(Lowering):
@@ -46,7 +49,7 @@ class SumLowering(Lowering):
             return lower_affine(node, operands[1 - number], one, shift, ctx)
         result, arithmetic = ctx.qparams(node), ctx.target.step("sum")
         reals = [ctx.qparams(operand).scale.double() * s for operand, s in zip(operands, signs, strict=True)]
-        factor = ctx.encode_sum(torch.stack(reals) / result.scale.double(), arithmetic)
+        factor = arithmetic.rule.encode_sum(torch.stack(reals) / result.scale.double())
         multipliers = [
             ctx.tensor(node, f"multiplier_{name}", factor.multiplier[i]) for i, name in enumerate(("x", "y"))
         ]
@@ -157,7 +160,7 @@ def lower_affine(
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
         return ctx.integer("requantize", x, multiplier, shift, None, like=node, arithmetic=str(arithmetic), **limits)
     arithmetic = ctx.target.step("sum")
-    factor = ctx.encode_sum(real.unsqueeze(0), arithmetic)
+    factor = arithmetic.rule.encode_sum(real.unsqueeze(0))
     multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])
     offset = bias / scale
     shift_node = None
@@ -165,7 +168,15 @@ def lower_affine(
         offset = offset.to(torch.float32)
     else:
         shift_node = ctx.tensor(node, "shift", factor.shift)
-        offset = torch.round(torch.ldexp(offset, factor.shift.double())).to(torch.int64)
+        offset = torch.round(torch.ldexp(offset, factor.shift.double()))
+        if bool((offset.abs() > _LARGEST_OFFSET).any()):
+            raise QuantizationError(
+                "an added constant is too large for the scale of the result",
+                where=where(node),
+                why="it does not fit the 64-bit register of the rescaling",
+                fix="look at the calibrated range of this site",
+            )
+        offset = offset.to(torch.int64)
     offset_node = ctx.tensor(node, "offset", offset)
     return ctx.integer(
         "requantize", x, multiplier, shift_node, offset_node, like=node, arithmetic=str(arithmetic), **limits

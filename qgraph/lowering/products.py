@@ -75,7 +75,7 @@ class ProductLowering(Lowering):
             return [multiplier, shift, None], {"arithmetic": str(arithmetic), **limits}
         total = ctx.target.step("sum")
         terms = torch.broadcast_tensors(product.double() / scale, ctx.qparams(residual).scale.double() / scale)
-        factor = ctx.encode_sum(torch.stack(list(terms)), total)
+        factor = total.rule.encode_sum(torch.stack(list(terms)))
         multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])
         shift = None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)
         other = ctx.tensor(node, "residual_multiplier", factor.multiplier[1])

@@ -31,7 +31,7 @@ from qgraph.numerics.requantize import (
     parse_rule,
 )
 from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_shift_right
-from qgraph.numerics.tables import build_table, lookup
+from qgraph.numerics.tables import build_table, check_intervals, lookup
 
 __all__ = [
     "Arithmetic",
@@ -47,6 +47,7 @@ __all__ = [
     "as_format",
     "bias_codes",
     "build_table",
+    "check_intervals",
     "choose_qparams",
     "dequantize",
     "encode_common_shift",

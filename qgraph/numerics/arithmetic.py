@@ -16,8 +16,10 @@ import torch
 
 from qgraph.errors import UserError, did_you_mean
 from qgraph.numerics.formats import QType
-from qgraph.numerics.requantize import RequantizeRule, parse_rule
+from qgraph.numerics.requantize import RequantizeRule, ScaleForm, parse_rule
 from qgraph.numerics.rounding import Overflow
+
+_REGISTER_BITS = 63  # besides the sign
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,25 @@ class Arithmetic:
         accumulator: format of the sum of products.
         overflow: what happens to a sum outside it.
         rule: how the sum is rescaled to the result.
+
+    Raises:
+        UserError: the accumulator is unsigned, or too wide for its product with a multiplier to fit a 64-bit register.
     """
 
     accumulator: QType
     overflow: Overflow
     rule: RequantizeRule
+
+    def __post_init__(self) -> None:
+        if not self.accumulator.signed:
+            raise UserError(f"an accumulator is signed, not {self.accumulator}")
+        widest = 64 if self.rule.form is ScaleForm.FLOAT else _REGISTER_BITS - self.rule.bits
+        if self.accumulator.bits > widest:
+            raise UserError(
+                f"an accumulator of {self.accumulator.bits} bits cannot be rescaled by {self.rule}",
+                why="their product may not fit a 64-bit register",
+                fix=f"use at most {widest} bits, or fewer bits for the multiplier",
+            )
 
     def accumulate(self, sums: torch.Tensor) -> torch.Tensor:
         """Exact int64 `sums` (any shape) as the accumulator holds them."""
@@ -52,7 +68,7 @@ def parse_arithmetic(text: str) -> Arithmetic:
     accumulator, slash, rule = text.partition("/")
     bits, colon, overflow = accumulator.partition(":")
     modes = {str(mode): mode for mode in Overflow}
-    if not slash or not colon or not bits.startswith("int") or not bits[3:].isdigit():
+    if not slash or not colon or not bits.startswith("int") or not _is_number(bits[3:]):
         raise UserError(
             f"{text!r} is not an arithmetic",
             fix="write it like int32:wrap/fixed_point:24:half_even",
@@ -60,3 +76,7 @@ def parse_arithmetic(text: str) -> Arithmetic:
     if overflow not in modes:
         raise UserError(f"unknown overflow {overflow!r} in {text!r}", fix=did_you_mean(overflow, modes))
     return Arithmetic(QType(int(bits[3:])), modes[overflow], parse_rule(rule))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

@@ -7,6 +7,8 @@ Invariants:
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -63,18 +65,28 @@ class QType:
 
     def saturate(self, codes: torch.Tensor) -> torch.Tensor:
         """`codes` (any shape, integer or float dtype) clamped to the bounds, dtype unchanged."""
-        return codes.clamp(self.qmin, self.qmax)
+        return codes.clamp(*self._bounds(codes.dtype))
 
     def wrap(self, codes: torch.Tensor) -> torch.Tensor:
         """`codes` (any shape, int64) reduced modulo 2**bits into the bounds (two's complement)."""
-        if self.bits == 64:
-            return codes
-        span = 1 << self.bits
-        return torch.remainder(codes - self.qmin, span) + self.qmin
+        if self.signed:  # the shift back copies the sign bit
+            return (codes << (64 - self.bits)) >> (64 - self.bits)
+        return codes & ((1 << self.bits) - 1)
 
     def contains(self, codes: torch.Tensor) -> torch.Tensor:
         """Boolean tensor of `codes`' shape: which codes lie within the bounds."""
-        return (codes >= self.qmin) & (codes <= self.qmax)
+        low, high = self._bounds(codes.dtype)
+        return (codes >= low) & (codes <= high)
+
+    def _bounds(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The bounds as far as `dtype` reaches: its own limits, or the nearest floats inside."""
+        if not dtype.is_floating_point:
+            limits = torch.iinfo(dtype)
+            return max(self.qmin, limits.min), min(self.qmax, limits.max)
+        precision = 1 - int(math.log2(torch.finfo(dtype).eps))
+        excess = max(self.qmax.bit_length() - precision, 0)
+        # qmax is all ones: its leading ones are the largest float below it; qmin is a power of two or zero.
+        return float(self.qmin), float(self.qmax >> excess << excess)
 
     def __str__(self) -> str:
         return f"{'int' if self.signed else 'uint'}{self.bits}"
@@ -119,9 +131,12 @@ def parse_format(name: str) -> Format:
         UserError: no format has that name.
     """
     plain = name.removeprefix("q")
-    if plain not in _NAMED:
+    if plain in _NAMED:
+        return _NAMED[plain]
+    integer = re.fullmatch(r"(u?)int([0-9]{1,2})", plain)
+    if integer is None:
         raise UserError(f"unknown number format {name!r}", fix=did_you_mean(plain, _NAMED))
-    return _NAMED[plain]
+    return QType(int(integer[2]), signed=not integer[1])
 
 
 def parse_qtype(name: str) -> QType:

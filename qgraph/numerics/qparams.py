@@ -4,7 +4,8 @@
 
 Invariants of `QParams`:
 - `scale` is float32, finite and positive; 0-d for one scale per tensor, 1-d for one per slice of `axis`.
-- `zero_point` is int64 of the same shape, zero when symmetric, and a code of `qtype`.
+- `zero_point` is int64 of the same shape, zero when symmetric, and a code of `qtype`, which has at most 24 bits if it
+  is not zero.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from qgraph.errors import QuantizationError, UserError
 from qgraph.numerics.formats import QType
 
+_WIDEST_AFFINE = 24
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
@@ -30,7 +32,8 @@ class QParams:
         axis: the dimension the entries of a 1-d `scale` run along; None for one scale per tensor.
 
     Raises:
-        QuantizationError: a scale is not finite and positive, or shapes and axis disagree.
+        QuantizationError: a scale is not finite and positive, dtypes or shapes and axis disagree, or a zero point is
+            no code.
     """
 
     scale: torch.Tensor
@@ -44,14 +47,30 @@ class QParams:
                 f"a scale of shape {list(self.scale.shape)} does not go with axis {self.axis}",
                 fix="give a 0-d scale and axis=None, or a 1-d scale and its axis",
             )
-        if not bool(((self.scale > 0) & torch.isfinite(self.scale)).all()):
+        if self.scale.dtype is not torch.float32:
+            raise QuantizationError(f"a scale is {self.scale.dtype}", fix="give it as float32")
+        usable = (self.scale > 0) & torch.isfinite(self.scale) & torch.isfinite(self.scale.reciprocal())
+        if not bool(usable.all()):
             raise QuantizationError(
-                f"a scale is not finite and positive: {self.scale.flatten()[:8].tolist()}",
-                why="zero, negative, infinite or NaN scales stand for no real number",
+                f"a scale is not finite and positive, or its reciprocal is not: {self.scale.flatten()[:8].tolist()}",
+                why="zero, negative, infinite, NaN or subnormal scales stand for no real number",
                 fix="look at the calibration data of this site, or give a fixed scale",
             )
-        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
+        if self.zero_point is not None:
+            self._check_zero_point(self.zero_point)
+
+    def _check_zero_point(self, zero_point: torch.Tensor) -> None:
+        if zero_point.shape != self.scale.shape:
             raise QuantizationError("scale and zero point have different shapes")
+        if zero_point.dtype is not torch.int64:
+            raise QuantizationError(f"a zero point is {zero_point.dtype}", fix="give it as int64")
+        if not bool(self.qtype.contains(zero_point).all()):
+            raise QuantizationError(f"a zero point is no code of {self.qtype}: {zero_point.flatten()[:8].tolist()}")
+        if self.qtype.bits > _WIDEST_AFFINE and bool(zero_point.any()):
+            raise QuantizationError(
+                f"zero points are not available for {self.qtype}",
+                why=f"float32 holds the sum of code and zero point for up to {_WIDEST_AFFINE} bits only",
+            )
 
     @property
     def per_channel(self) -> bool:
@@ -124,8 +143,8 @@ def choose_qparams(
         Parameters with scale 1 where the range is exactly zero, and no scale below the smallest normal float32.
 
     Raises:
-        QuantizationError: a bound is NaN or infinite, minimum exceeds maximum, or the format is unsigned
-            and `symmetric` asked for.
+        QuantizationError: a bound is NaN or infinite, minimum exceeds maximum, the format is unsigned and
+            `symmetric` asked for, or it has more than 24 bits and is not symmetric.
     """
     low, high = minimum.detach().to(torch.float32), maximum.detach().to(torch.float32)
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):

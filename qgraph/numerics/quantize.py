@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from qgraph.errors import QuantizationError
 from qgraph.numerics.formats import qint32
 from qgraph.numerics.qparams import QParams
 
@@ -18,14 +19,19 @@ def quantize(values: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """Codes of `values`.
 
     Args:
-        values: float tensor of any shape; NaN has no code and must not occur.
+        values: float tensor of any shape; NaN becomes the code of real zero.
         qparams: parameters of the result.
 
     Returns:
         Integer tensor of the same shape, dtype `qparams.qtype.storage`, saturated.
+
+    Raises:
+        QuantizationError: the format has more than 32 bits.
     """
+    if qparams.qtype.bits > 32:
+        raise QuantizationError(f"real numbers are not quantized to {qparams.qtype}", fix="use at most 32 bits")
     inverse = qparams.shaped(1.0 / qparams.scale, values.dim())
-    codes = torch.round(values.to(torch.float32) * inverse)
+    codes = torch.round(values.to(torch.float32) * inverse).nan_to_num_(0.0, float("inf"), float("-inf"))
     if qparams.zero_point is not None:
         codes = codes + qparams.shaped(qparams.zero_point, values.dim()).to(torch.float32)
     return _saturated_cast(codes, qparams)
@@ -66,7 +72,7 @@ def fake_quantize(values: torch.Tensor, qparams: QParams) -> torch.Tensor:
     Returns:
         float32 tensor of the same shape, equal to the integer round trip for every finite input.
     """
-    result: torch.Tensor = _FakeQuantize.apply(values, qparams)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _FakeQuantize.apply(values.to(torch.float32), qparams)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -88,7 +94,10 @@ class _FakeQuantize(torch.autograd.Function):
         codes.clamp_(qtype.qmin, qtype.qmax)
         if zero_point is not None:
             codes.sub_(zero_point)
-        return codes.mul_(qparams.shaped(qparams.scale, rank))
+        # Codes have one zero, floats two, and a reciprocal tells them apart: added to 0, every zero is positive.
+        if qparams.axis is None and codes.device.type == "cpu":
+            return torch.add(codes.new_zeros(()), codes, alpha=qparams.scale.item(), out=codes)
+        return codes.mul_(qparams.shaped(qparams.scale, rank)).add_(0.0)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -5,7 +5,7 @@ computes with it. The rule is part of the integer graph, so that an artefact say
 
     float            round(float32(acc) * m)                              m in float32
     fixed_point      round(acc * M / 2**s)                                one rounding
-    fixed_point_two  round2(round1(acc * M / 2**31) / 2**(s - 31))        two roundings (gemmlowp)
+    fixed_point_two  round2(round1(acc * M / 2**min(s, 31)) / 2**max(s - 31, 0))    two roundings (gemmlowp)
     power_of_two     round(acc * M / 2**s)                                M or 2**s is 1
 """
 
@@ -44,7 +44,7 @@ class RequantizeRule:
     Args:
         form: how the factor is stored.
         rounding: rounding of the only step, or of the last of two.
-        bits: bits of a fixed-point multiplier M; ignored by the other forms.
+        bits: bits of a fixed-point multiplier M; 31 for the other forms, which do not name it.
         first_rounding: rounding of the first of two steps; only for `fixed_point_two`.
     """
 
@@ -58,8 +58,8 @@ class RequantizeRule:
             raise UserError(f"{self.form} {'needs' if self.first_rounding is None else 'has no'} first_rounding")
         if not 2 <= self.bits <= 31:
             raise UserError(f"a multiplier of {self.bits} bits is not supported", fix="use 2 to 31 bits")
-        if self.form is ScaleForm.FIXED_POINT_TWO and self.bits != _HIGH_BITS:
-            raise UserError("fixed_point_two is defined for a 31-bit multiplier")
+        if self.form is not ScaleForm.FIXED_POINT and self.bits != _HIGH_BITS:
+            raise UserError(f"{self.form} has no multiplier of {self.bits} bits", fix="leave bits at 31")
 
     def encode(self, factor: torch.Tensor) -> Factor:
         """What the device stores for the real `factor` (float64, any shape, finite).
@@ -71,30 +71,46 @@ class RequantizeRule:
         if not bool(torch.isfinite(factor).all()):
             raise QuantizationError("a rescaling factor is not finite")
         if self.form is ScaleForm.FLOAT:
+            if bool((factor.abs() >= float(1 << self.bits)).any()):
+                raise _too_large(self.bits)
             return Factor(factor.to(torch.float32), None)
         if self.form is ScaleForm.POWER_OF_TWO:
             return _encode_power_of_two(factor)
         return encode_fixed_point(factor, self.bits)
 
+    def encode_sum(self, factors: torch.Tensor) -> Factor:
+        """What the device stores for the real factors of one sum (float64, `[terms, ...]`): one shift for all terms.
+
+        Raises:
+            QuantizationError: as for `encode`.
+            UserError: the form defines no sum.
+        """
+        if self.form is ScaleForm.FIXED_POINT_TWO:
+            raise _no_sum()
+        if self.form is not ScaleForm.FIXED_POINT:
+            encoded = self.encode(factors)  # refuses what the form cannot hold
+            if self.form is ScaleForm.FLOAT:
+                return encoded
+        return encode_common_shift(factors, self.bits)
+
     def apply(self, accumulator: torch.Tensor, factor: Factor) -> torch.Tensor:
         """The rescaled accumulator, unsaturated.
 
         Args:
-            accumulator: int64, any shape, within 32 bits.
+            accumulator: int64, any shape, such that its product with the multiplier has at most 63 bits.
             factor: as encoded by this rule, broadcastable to the accumulator.
 
         Returns:
             int64 tensor of the accumulator's shape.
         """
         if self.form is ScaleForm.FLOAT:
-            scaled = accumulator.to(torch.float32) * factor.multiplier
-            return round_float(scaled, self.rounding).to(torch.int64)
+            return _rounded(accumulator.to(torch.float32) * factor.multiplier, self.rounding)
         shift = factor.shifts()
         if self.first_rounding is None:
             return rounding_shift_right(accumulator * factor.multiplier, shift, self.rounding)
-        # gemmlowp: shifts below 31 multiply the accumulator up first, so that step one always divides by 2**31.
-        up = (_HIGH_BITS - shift).clamp(min=0)
-        high = rounding_shift_right((accumulator << up) * factor.multiplier, _HIGH_BITS, self.first_rounding)
+        # gemmlowp multiplies the accumulator up where s < 31, to divide by 2**31 always: the same number.
+        first = shift.clamp(max=_HIGH_BITS)
+        high = rounding_shift_right(accumulator * factor.multiplier, first, self.first_rounding)
         return rounding_shift_right(high, (shift - _HIGH_BITS).clamp(min=0), self.rounding)
 
     def apply_sum(
@@ -107,7 +123,7 @@ class RequantizeRule:
         """A sum of rescaled terms, rounded once, unsaturated.
 
         Args:
-            terms: int64, broadcastable to each other, each within 32 bits.
+            terms: int64, broadcastable to each other, such that the sum of their products has at most 63 bits.
             multipliers: one per term, as `encode_common_shift` makes them (float32 for the float form).
             shift: int64, the common shift; None for the float form.
             offset: int64 at the scale of the shifted sum (float32 for the float form).
@@ -120,7 +136,7 @@ class RequantizeRule:
             UserError: the form defines no sum.
         """
         if self.form is ScaleForm.FIXED_POINT_TWO:
-            raise UserError("two-step fixed-point rescaling defines no sum of terms")
+            raise _no_sum()
         wide = torch.float32 if self.form is ScaleForm.FLOAT else torch.int64
         total = terms[0].to(wide) * multipliers[0]
         for term, multiplier in zip(terms[1:], multipliers[1:], strict=True):
@@ -128,7 +144,7 @@ class RequantizeRule:
         if offset is not None:
             total = total + offset
         if shift is None:
-            return round_float(total, self.rounding).to(torch.int64)
+            return _rounded(total, self.rounding)
         return rounding_shift_right(total, shift, self.rounding)
 
     def __str__(self) -> str:
@@ -176,7 +192,7 @@ def parse_rule(text: str) -> RequantizeRule:
         raise UserError(f"{text!r} should have {wanted} fields after {form_name!r}")
     bits = 31
     if wanted > 1:
-        if not rest[0].isdigit():
+        if not (rest[0].isascii() and rest[0].isdigit()):
             raise UserError(f"{rest[0]!r} in {text!r} is not a number of bits")
         bits = int(rest[0])
     modes = [_parse_rounding(name, text) for name in rest[1 if wanted > 1 else 0 :]]
@@ -193,7 +209,7 @@ def encode_fixed_point(factor: torch.Tensor, bits: int) -> Factor:
         bits: bits of `|M|`.
 
     Raises:
-        QuantizationError: a factor is `2**bits` or more.
+        QuantizationError: a factor is `2**bits` or more, or rounds to it.
     """
     mantissa, exponent = torch.frexp(factor)
     shift = (bits - exponent.to(torch.int64)).clamp(max=LARGEST_SHIFT)
@@ -216,7 +232,7 @@ def encode_common_shift(factors: torch.Tensor, bits: int) -> Factor:
 
     Returns:
         Multipliers of `factors`' shape and shifts of shape `[...]`: the largest shift at which every `|M|` of
-        the sum fits `bits` bits (62 at the most).
+        the sum fits `bits` bits (62 at the most, 0 where all factors are zero).
 
     Raises:
         QuantizationError: a factor is not finite, or `2**bits` or more.
@@ -244,11 +260,25 @@ def _encode_power_of_two(factor: torch.Tensor) -> Factor:
 
 def _refuse_left_shift(shift: torch.Tensor, bits: int) -> None:
     if bool((shift < 0).any()):
-        raise QuantizationError(
-            f"a rescaling factor is 2**{bits} or more",
-            why="the scale of the result is far smaller than the scale of what it is computed from",
-            fix="look at the calibrated ranges around this op",
-        )
+        raise _too_large(bits)
+
+
+def _no_sum() -> UserError:
+    return UserError("two-step fixed-point rescaling defines no sum of terms", fix="give sums another word")
+
+
+def _too_large(bits: int) -> QuantizationError:
+    return QuantizationError(
+        f"a rescaling factor is 2**{bits} or more",
+        why="the scale of the result is far smaller than the scale of what it is computed from",
+        fix="look at the calibrated ranges around this op",
+    )
+
+
+def _rounded(values: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """Float32 values as int64; beyond what int64 holds they stay outside every format."""
+    largest = float(1 << LARGEST_SHIFT)
+    return round_float(values.clamp(-largest, largest), rounding).to(torch.int64)
 
 
 def _parse_rounding(name: str, text: str) -> Rounding:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from qgraph.errors import UserError
 from qgraph.numerics.formats import QType
 from qgraph.numerics.qparams import QParams
 from qgraph.numerics.quantize import quantize
@@ -38,8 +39,15 @@ def build_table(
     Returns:
         Integer tensor in the output's storage dtype: `[2**bits]` entries of a full table, or
         `[entries + 1]` of an interpolated one.
+
+    Raises:
+        UserError: `entries` is no power of two below the number of codes, or there are scales per channel.
     """
     qtype = source.qtype
+    if source.per_channel or result.per_channel:
+        raise UserError("a table has one scale for its input and one for its result", fix="observe per tensor")
+    if entries is not None:
+        check_intervals(entries, qtype)
     step = 1 if entries is None else (1 << qtype.bits) // entries
     # Interpolation needs the entry at qmax + 1, which is a real number though not a code.
     codes = torch.arange(qtype.qmin, qtype.qmax + (1 if step == 1 else 2), step, dtype=torch.float64)
@@ -50,12 +58,31 @@ def build_table(
     return quantize(values.clamp(-limit, limit), result)
 
 
+def check_intervals(intervals: int, source: QType) -> None:
+    """Refuses a number of intervals that does not divide the codes of `source` evenly.
+
+    Raises:
+        UserError: it is no power of two below the number of codes.
+    """
+    if not 0 < intervals < 1 << source.bits or intervals & (intervals - 1):
+        raise UserError(
+            f"a table of {source} codes cannot have {intervals} intervals",
+            why="the position within an interval is the low bits of the code",
+            fix=f"use a power of two below {1 << source.bits}",
+        )
+
+
 def lookup(codes: torch.Tensor, table: torch.Tensor, source: QType) -> torch.Tensor:
-    """Looks integer `codes` (any shape) up in a full or interpolated table; int64 of the same shape."""
+    """Looks integer `codes` (any shape) up in a full or interpolated table; int64 of the same shape.
+
+    Raises:
+        UserError: the table has a number of entries that goes with no number of intervals.
+    """
     offset = codes.to(torch.int64) - source.qmin
     size = 1 << source.bits
     if table.numel() == size:
         return table.to(torch.int64)[offset]
+    check_intervals(table.numel() - 1, source)
     width = (size // (table.numel() - 1)).bit_length() - 1
     index, rest = offset >> width, offset & ((1 << width) - 1)
     entries = table.to(torch.int64)

@@ -6,7 +6,8 @@ under torch.compile and torch.export. The simulator does not go through here: it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,9 +108,19 @@ def _matmul_shape(x: torch.Tensor, y: torch.Tensor) -> list[int]:
     return [*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]]
 
 
+def _contiguous(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The kernel with a contiguous result, as the fake kernels promise whatever the layout of the operands."""
+
+    @functools.wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return kernel(*args, **kwargs).contiguous()
+
+    return call
+
+
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, KERNELS[_name], "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _contiguous(KERNELS[_name]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", FAKES[_name], lib=_LIBRARY)

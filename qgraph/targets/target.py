@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraph.errors import QGraphError, TargetError, did_you_mean
-from qgraph.numerics import Arithmetic, Format, QType, parse_arithmetic, parse_format
+from qgraph.numerics import Arithmetic, Format, QType, check_intervals, parse_arithmetic, parse_format, parse_qtype
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -222,7 +222,7 @@ def _build(data: dict[str, Any], origin: str) -> Target:
         description=data.get("description", ""),
         symmetric=data["symmetric"],
         weight_per_channel=data["weight_per_channel"],
-        tables={name: None if count == "full" else int(count) for name, count in data["tables"].items()},
+        tables={name: _table_intervals(name, count) for name, count in data["tables"].items()},
         weight_bits=data["sampling"]["weight_bits"],
         arithmetic={name: parse_arithmetic(word) for name, word in data["arithmetic"].items()},
         ops=ops,
@@ -231,6 +231,13 @@ def _build(data: dict[str, Any], origin: str) -> Target:
         clock_hz=data["memory"]["clock_hz"],
         origin=origin,
     )
+
+
+def _table_intervals(name: str, count: str | int) -> int | None:
+    if count == "full":
+        return None
+    check_intervals(int(count), parse_qtype(name))
+    return int(count)
 
 
 def _parse_legal(line: str, origin: str) -> LegalFormats:

@@ -17,7 +17,7 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, *, format: str, trace: Kernel
     qtype = parse_qtype(format)
     if trace is not None:
         unbounded = torch.round(x.to(torch.float32) * (1.0 / scale))
-        trace.saturated += int((~qtype.contains(unbounded)).sum())
+        trace.saturated += int((~qtype.contains(unbounded.double())).sum())
     return quantize_values(x, QParams(scale, qtype))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from qgraph.errors import UserError
 from qgraph.numerics import parse_arithmetic
 from qgraph.simulator.reference.common import accumulated, along_channels, finished, requantized, wide
 from qgraph.simulator.trace import KernelTrace
@@ -131,6 +132,11 @@ def _finish_product(
 def _exact(codes: torch.Tensor) -> torch.Tensor:
     """Codes in a dtype in which products and sums are exact: int64, or float64 where int64 has no kernels (CUDA).
 
-    Sums stay below 2**53 for every legal operand format and fewer than 2**23 products.
+    Sums stay below 2**53 for operands of up to 16 bits and fewer than 2**23 products.
+
+    Raises:
+        UserError: the codes are wider than 16 bits.
     """
+    if codes.dtype is torch.int32:
+        raise UserError("an operand of a matrix product is int32", fix="requantize it to int8 or int16 first")
     return codes.to(torch.int64 if codes.device.type == "cpu" else torch.float64)

@@ -136,7 +136,7 @@ def reduce_sum(
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """The rescaled sum over `dims`; for a mean the factor includes one over the number of elements."""
-    sums = wide(x).sum(dim=list(dims), keepdim=keepdim)
+    sums = wide(x).sum(dim=list(dims), keepdim=keepdim) if dims else wide(x)  # torch sums everything for no dims
     return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
 
 
