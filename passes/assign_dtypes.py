@@ -52,8 +52,7 @@ class AssignDtypes(Pass):
         planner = _Planner(edit, ctx)
         for node in list(gm.graph.nodes):
             planner.visit(node)
-        names = [name for query in planner.queries for name in query.names]
-        check_all_used(planner.setters, names)
+        check_all_used(planner.setters, planner.queries)
         return PassResult(gm, edit.changes > 0, tuple(planner.notes))
 
 

@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import Bound, bind
 from qgraph.ir.editor import Editor, canonical_arguments
-from qgraph.ir.node_info import graph_info, info, module_of, tensor_at
+from qgraph.ir.node_info import graph_info, info
 from qgraph.ir.op import Op, OpKind
 from qgraph.ir.shapes import tensor_spec
-from qgraph.ir.values import TensorSpec
-from qgraph.nn import clone_module
 from qgraph.pipeline import Pass, PassContext, PassResult
+from qgraph.rewrite.weighted_modules import WEIGHTED, as_plain_module
 
 _LEFT_ALONE = (OpKind.INPUT, OpKind.OUTPUT, OpKind.CONSTANT, OpKind.STRUCTURE, OpKind.STUB, OpKind.OPAQUE)
 
@@ -50,6 +49,9 @@ class Canonicalize(Pass):
                 edit.bypass(node, node.all_input_nodes[0])
                 continue
             _canonical_node(node, edit)
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if not node.users:  # its reader is a module now
+                edit.erase(node)
         return PassResult(gm, edit.changes > 0)
 
 
@@ -61,20 +63,32 @@ def _example_device(gm: fx.GraphModule) -> torch.device | None:
 
 def _is_identity(node: fx.Node, device: torch.device | None) -> bool:
     op, operands = info(node).op, node.all_input_nodes
-    if not operands:
+    if not operands or info(operands[0]).unstable:  # a copy made before a write holds the old value
         return False
     before, after = tensor_spec(operands[0]), tensor_spec(node)
     if op is ops.IDENTITY:
-        return before == after
+        return before == after and not _memory_is_read(node)
     if op is ops.CAST:
-        devices = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.device)]
-        moves = node.target in ("cpu", "cuda") or any(other != device for other in devices)
-        return before is not None and before == after and not (moves and device is None)
+        wanted = bind(node).option("device")
+        stays = wanted is None or (device is not None and torch.device(wanted) == device)
+        return before is not None and before == after and stays and not _memory_is_read(node)
     if op is ops.TRANSPOSE:
         return before is not None and len(before.shape) < 2
     if op is ops.RESHAPE:
         # A reshape that reads the batch size, or leaves it to -1, keeps its shape only at the example's batch.
-        return before is not None and before == after and bind(node).option("shape") == before.shape
+        return before is not None and before == after and tuple(bind(node).option("shape")) == before.shape
+    return False
+
+
+def _memory_is_read(node: fx.Node) -> bool:
+    """Whether an unknown operator sees the value, or a view of it: it may depend on how the memory is laid out."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if info(user).op is ops.OPAQUE:
+            return True
+        if info(user).op.kind is OpKind.MOVE or info(user).op is ops.ITEM:
+            pending += user.users
     return False
 
 
@@ -109,6 +123,9 @@ def _respell(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str
 def _clamp(node: fx.Node, edit: Editor) -> bool:
     bound = bind(node)
     low, high = bound.values.get("min"), bound.values.get("max")
+    before, after = tensor_spec(bound.operand("input")), tensor_spec(node)
+    if before is None or after is None or before.dtype is not after.dtype:
+        return False  # integers clamped by floats become floats
     if low == 0 and high is None:
         _respell(node, ops.RELU.target, (bound.operand("input"),), {}, ops.RELU, edit)
     elif low == 0 and high == 6:
@@ -144,161 +161,10 @@ def _number_first(node: fx.Node, edit: Editor) -> bool:
     return True
 
 
-def _convolution(node: fx.Node, edit: Editor) -> bool:
-    if node.op == "call_function":
-        return _module_from_function(node, edit)
-    module = module_of(node)
-    padding, mode = getattr(module, "padding", 0), getattr(module, "padding_mode", "zeros")
-    if mode == "zeros" and not isinstance(padding, str):
-        return True
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    amounts = list(module._reversed_padding_repeated_twice)
-    plain = clone_module(module)
-    plain.padding_mode = "zeros"
-    symmetric = all(amounts[i] == amounts[i + 1] for i in range(0, len(amounts), 2))
-    if mode == "zeros" and symmetric:
-        plain.padding = tuple(amounts[::2][::-1])
-    else:
-        plain.padding = (0,) * (len(amounts) // 2)
-        options: dict[str, Any] = {} if mode == "zeros" else {"mode": mode}
-        padded = edit.call(
-            ops.PAD, node.args[0], like=node, site=f"{info(node).site}.pad", pad=tuple(amounts), **options
-        )
-        edit.annotate(padded, value=_padded_spec(node.args[0], amounts))
-        edit.replace_input(node, node.all_input_nodes[0], padded)
-    plain._reversed_padding_repeated_twice = [n for amount in plain.padding[::-1] for n in (amount, amount)]
-    path = edit.free_path(f"{node.target}.plain") if _is_shared(node) else str(node.target)
-    edit.set_module(path, plain)
-    edit.respell(node, "call_module", path, node.args, node.kwargs)
-    return True
-
-
-def _padded_spec(source: Any, amounts: list[int]) -> TensorSpec | None:
-    spec = tensor_spec(source) if isinstance(source, fx.Node) else None
-    if spec is None:
-        return None
-    shape = list(spec.shape)
-    for axis in range(len(amounts) // 2):
-        shape[-1 - axis] += amounts[2 * axis] + amounts[2 * axis + 1]
-    return TensorSpec(tuple(shape), spec.dtype)
-
-
-def _is_shared(node: fx.Node) -> bool:
-    return any(
-        other is not node and other.target == node.target
-        for other in node.graph.find_nodes(op="call_module", target=str(node.target))
-    )
-
-
-def _module_from_function(node: fx.Node, edit: Editor) -> bool:
-    """`F.conv2d(x, w, b)` with the model's own weights becomes a module, so that patterns see one form."""
-    bound = bind(node)
-    builder = _BUILDERS.get(bound.op)
-    held = {name: bound.operand(name) for name in bound.op.parameters}
-    if builder is None or any(value is not None and not _is_constant(value) for value in held.values()):
-        return False
-    tensors = {name: None if v is None else tensor_at(edit.gm, str(v.target)) for name, v in held.items()}
-    module = builder(bound, tensors)
-    if module is None:
-        return False
-    for name, tensor in tensors.items():
-        _hold(module, name, tensor)
-    path = edit.free_path(info(node).site.replace("[", ".").replace("]", ""))
-    edit.set_module(path, module.eval())
-    edit.respell(node, "call_module", path, (bound.operand("input"),))
-    return True
-
-
-def _is_constant(value: Any) -> bool:
-    return isinstance(value, fx.Node) and info(value).op is ops.CONSTANT
-
-
-def _hold(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-    """Gives a module a tensor under a name it declares, as parameter or buffer as the module does."""
-    if name in module._buffers:
-        module._buffers[name] = tensor
-    elif tensor is None or isinstance(tensor, nn.Parameter):
-        module._parameters[name] = tensor
-    else:
-        module._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
-
-
-def _build_convolution(kind: type[nn.Module]) -> Callable[[Bound, dict[str, Any]], nn.Module | None]:
-    def build(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
-        weight, groups = tensors["weight"], bound.option("groups")
-        transposed = "output_padding" in bound.values
-        first, second = weight.shape[0], weight.shape[1] * groups
-        channels = (
-            {"in_channels": first, "out_channels": second}
-            if transposed
-            else {"in_channels": second, "out_channels": first}
-        )
-        options = {name: bound.option(name) for name in ("stride", "padding", "dilation", "groups")}
-        if transposed:
-            options["output_padding"] = bound.option("output_padding")
-        if any(isinstance(value, fx.Node) for value in options.values()):
-            return None
-        with torch.device("meta"):
-            return kind(**channels, kernel_size=tuple(weight.shape[2:]), bias=tensors["bias"] is not None, **options)
-
-    return build
-
-
-def _build_linear(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
-    weight = tensors["weight"]
-    if weight.dim() != 2:
-        return None
-    with torch.device("meta"):
-        return nn.Linear(weight.shape[1], weight.shape[0], bias=tensors["bias"] is not None)
-
-
-def _build_batch_norm(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
-    spec = tensor_spec(bound.operand("input"))
-    if bound.option("training") or tensors["running_mean"] is None or spec is None:
-        return None
-    kinds: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    kind = kinds.get(len(spec.shape))
-    if kind is None:
-        return None
-    affine = tensors["weight"] is not None or tensors["bias"] is not None
-    with torch.device("meta"):
-        module = kind(tensors["running_mean"].numel(), eps=bound.option("eps"), affine=affine)
-    module._buffers.pop("num_batches_tracked", None)
-    return module
-
-
-def _build_layer_norm(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
-    shape = bound.option("normalized_shape")
-    if any(isinstance(size, fx.Node) for size in shape):
-        return None
-    with torch.device("meta"):
-        return nn.LayerNorm(tuple(shape), eps=bound.option("eps"), elementwise_affine=tensors["weight"] is not None)
-
-
-_BUILDERS: dict[Op, Callable[[Bound, dict[str, Any]], nn.Module | None]] = {
-    ops.CONV1D: _build_convolution(nn.Conv1d),
-    ops.CONV2D: _build_convolution(nn.Conv2d),
-    ops.CONV3D: _build_convolution(nn.Conv3d),
-    ops.CONV_TRANSPOSE1D: _build_convolution(nn.ConvTranspose1d),
-    ops.CONV_TRANSPOSE2D: _build_convolution(nn.ConvTranspose2d),
-    ops.CONV_TRANSPOSE3D: _build_convolution(nn.ConvTranspose3d),
-    ops.LINEAR: _build_linear,
-    ops.BATCH_NORM: _build_batch_norm,
-    ops.LAYER_NORM: _build_layer_norm,
-}
-
-
-def _norm_or_linear(node: fx.Node, edit: Editor) -> bool:
-    return node.op == "call_function" and _module_from_function(node, edit)
-
-
 _SPECIAL: dict[Op, Callable[[fx.Node, Editor], bool]] = {
     ops.CLAMP: _clamp,
     ops.DIV: _divide,
     ops.ADD: _number_first,
     ops.MUL: _number_first,
-    ops.LINEAR: _norm_or_linear,
-    ops.BATCH_NORM: _norm_or_linear,
-    ops.LAYER_NORM: _norm_or_linear,
-    **dict.fromkeys(ops.CONVOLUTIONS, _convolution),
+    **dict.fromkeys(WEIGHTED, as_plain_module),
 }

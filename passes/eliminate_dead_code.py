@@ -1,7 +1,7 @@
 """Removes what nobody reads.
 
-Writes in place count as work done even if their result is unused, and so do the input guard and placeholders: callers
-depend on them. Bit exact.
+Writes in place count as work done even if their result is unused, and so do random draws (later ones would differ), the
+input guard and placeholders: callers depend on them. Bit exact.
 """
 
 from __future__ import annotations
@@ -35,4 +35,4 @@ class EliminateDeadCode(Pass):
 def has_effect(node: fx.Node) -> bool:
     """Whether a node matters even if nobody reads its value."""
     record = info(node)
-    return node.op in ("placeholder", "output") or record.op is GUARD or record.in_place
+    return node.op in ("placeholder", "output") or record.op is GUARD or record.in_place or record.random

@@ -108,7 +108,7 @@ def _is_foldable(node: fx.Node, stubs: bool) -> bool:
         return False
     if record.op.kind is OpKind.STUB and not stubs:
         return False
-    return not (record.in_place or record.unstable or record.op is GUARD)
+    return not (record.in_place or record.random or record.unstable or record.op is GUARD)
 
 
 def _value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -22,7 +22,7 @@ from torch import fx, nn
 from qgraph.ir.arguments import bind
 from qgraph.ir.editor import Editor
 from qgraph.ir.node_info import info, module_of
-from qgraph.ir.op_table import ADD, BATCH_NORM, FUSABLE, LINEAR, RELU, RELU6, TRANSPOSED
+from qgraph.ir.op_table import ADD, BATCH_NORM, FUSABLE, RELU, RELU6, TRANSPOSED
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.stage import Stage
 from qgraph.nn import Activation, Fused, as_fused
@@ -51,6 +51,7 @@ class _Sharing:
     def __init__(self, gm: fx.GraphModule) -> None:
         calls = [node for node in gm.graph.nodes if node.op == "call_module"]
         self.calls = Counter(str(node.target) for node in calls)
+        self.reads = {str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}
         self.users: dict[int, list[fx.Node]] = {}
         for node in calls:
             if info(node).op in FUSABLE:
@@ -59,6 +60,11 @@ class _Sharing:
     def others(self, node: fx.Node) -> list[fx.Node]:
         """Other calls whose module holds the same weight."""
         return [other for other in self.users.get(id(module_of(node).weight), []) if other is not node]
+
+    def reader(self, node: fx.Node) -> fx.Node | None:
+        """A node that reads the weight or bias of the module that `node` calls."""
+        paths = (f"{node.target}.weight", f"{node.target}.bias")
+        return next((self.reads[path] for path in paths if path in self.reads), None)
 
 
 class _Epilogue(Rule):
@@ -93,10 +99,15 @@ class FoldBatchNorm(_Epilogue):
 
     def __init__(self, sharing: _Sharing) -> None:
         super().__init__(sharing)
-        self.folded: dict[tuple[int, ...], tuple[nn.Parameter, nn.Parameter]] = {}
+        self.weights: dict[tuple[int, ...], nn.Parameter] = {}  # tied parameters stay tied
+        self.biases: dict[tuple[int, ...], nn.Parameter] = {}
+        self.agreed: set[int] = set()  # weights whose holders all fold the same norm
 
     def check(self, match: Match) -> Verdict:
         conv, norm = match[self.conv], match.root
+        return self._check_call(conv, norm) and self._check_tied_weights(conv, norm)
+
+    def _check_call(self, conv: fx.Node, norm: fx.Node) -> Verdict:
         if norm.op != "call_module":
             return no("its statistics are computed in the forward", norm)
         module = module_of(norm)
@@ -105,32 +116,46 @@ class FoldBatchNorm(_Epilogue):
         verdict = self.check_convolution(conv, follower=norm)
         if not verdict:
             return verdict
-        fused = module_of(conv)
+        fused: Any = module_of(conv)
         if isinstance(fused, Fused) and (fused.adds or fused.activation is not Activation.NONE):
             return no("an add or activation stands between", norm)
+        reader = self.sharing.reader(conv)
+        if reader is not None:
+            return no(f"the forward reads {reader.target} itself", reader)
         spec = tensor_spec(conv)
-        if info(conv).op is LINEAR and (spec is None or len(spec.shape) != 2):
-            return no("it normalizes dimension 1 of the linear's result, which is not its features", norm)
-        return self._check_tied_weights(conv, norm)
+        if spec is None or len(spec.shape) != fused.weight.dim():
+            return no("dimension 1 of its input, which it normalizes, is not the channels or features", norm)
+        return yes()
 
     def _check_tied_weights(self, conv: fx.Node, norm: fx.Node) -> Verdict:
-        key = _norm_key(module_of(norm))
+        """All holders of a weight fold the same norm, or none does: the weight stays one tensor."""
+        weight, key = id(module_of(conv).weight), _norm_key(module_of(norm))
+        if weight in self.agreed:
+            return yes()
         for other in self.sharing.others(conv):
             follower = next(iter(other.users), None)
-            same = follower is not None and follower.op == "call_module" and len(other.users) == 1
-            if not same or info(follower).op is not BATCH_NORM or _norm_key(module_of(follower)) != key:  # type: ignore[arg-type]
+            normed = follower is not None and follower.op == "call_module" and info(follower).op is BATCH_NORM
+            if follower is None or not normed or _norm_key(module_of(follower)) != key:
                 site = info(other).site
                 return no(f"its weight is shared with {site}, which the same batch norm does not follow", conv)
+            verdict = self._check_call(other, follower)
+            if not verdict:
+                return no(f"its weight is shared with {info(other).site}, where {verdict.reason}", conv)
+        self.agreed.add(weight)
         return yes()
 
     def rewrite(self, match: Match, edit: Editor) -> None:
         conv, norm = match[self.conv], match.root
         fused = as_fused(module_of(conv))
+        statistics = module_of(norm)
         axis = 1 if info(conv).op in TRANSPOSED else 0
-        key = (id(fused.weight), id(fused.bias), *_norm_key(module_of(norm)))
-        if key not in self.folded:
-            self.folded[key] = fold_batch_norm(fused, module_of(norm), axis)
-        fused._parameters["weight"], fused._parameters["bias"] = self.folded[key]
+        weight = (id(fused.weight), axis, getattr(fused, "groups", 1), *_norm_key(statistics))
+        bias = (id(fused.bias), *_norm_key(statistics))
+        if weight not in self.weights:
+            self.weights[weight] = fold_weight(fused, statistics, axis)
+        if bias not in self.biases:
+            self.biases[bias] = fold_bias(fused, statistics)
+        fused._parameters.update(weight=self.weights[weight], bias=self.biases[bias])
         edit.set_module(str(conv.target), fused)
         edit.absorb(norm, conv)
 
@@ -147,6 +172,8 @@ class FuseAdd(_Epilogue):
         conv, residual = match[self.conv], match.value(self.residual)
         if not isinstance(residual, fx.Node):
             return no("it adds a number, not a tensor")
+        if residual is conv:
+            return no("it adds the result to itself")
         if bind(match.root).option("alpha") != 1:
             return no("it scales one operand by alpha")
         module = module_of(conv) if conv.op == "call_module" else None
@@ -156,7 +183,11 @@ class FuseAdd(_Epilogue):
         if ours is None or theirs is None or ours.dtype != theirs.dtype:
             return no("the operands have different dtypes")
         if ours.shape != theirs.shape:
-            return no(f"the residual is broadcast: {list(theirs.shape)} onto {list(ours.shape)}")
+            wide, narrow = tensor_spec(match.root), "residual" if theirs != tensor_spec(match.root) else "convolution"
+            shape = list((theirs if narrow == "residual" else ours).shape)
+            return no(f"the {narrow} is broadcast: {shape} onto {list(wide.shape) if wide else 'the sum'}")
+        if any(info(operand).unstable for operand in conv.all_input_nodes):
+            return no("its input is written to before the add", conv)
         return self.check_convolution(conv, follower=match.root)
 
     def rewrite(self, match: Match, edit: Editor) -> None:
@@ -192,8 +223,8 @@ class FuseActivation(_Epilogue):
         edit.absorb(match.root, conv)
 
 
-def fold_batch_norm(op: Any, norm: Any, axis: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias of `op` followed by `norm`.
+def fold_weight(op: Any, norm: Any, axis: int) -> nn.Parameter:
+    """The weight of `op` followed by `norm`.
 
     Args:
         op: a convolution or linear module.
@@ -202,15 +233,11 @@ def fold_batch_norm(op: Any, norm: Any, axis: int) -> tuple[nn.Parameter, nn.Par
             over groups.
 
     Returns:
-        New parameters; the factor is computed in float64 and rounded once. Weights of 2-d convolutions are laid out
+        A new parameter; the factor is computed in float64 and rounded once. Weights of 2-d convolutions are laid out
         channels_last, which costs nothing while they are written anyway (see the pass use-channels-last).
     """
-    weight, mean, variance = op.weight.detach(), norm.running_mean.double(), norm.running_var.double()
-    gain = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double()
-    shift = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
-    bias = torch.zeros_like(mean) if op.bias is None else op.bias.detach().double()
-    factor = gain / torch.sqrt(variance + norm.eps)
-    per_channel = factor.to(weight.dtype)
+    weight = op.weight.detach()
+    per_channel = _factor(norm).to(weight.dtype)
     if axis == 0:
         view = (-1, *[1] * (weight.dim() - 1))
     else:  # [in, out / groups, ...]: the factors of a group repeat over its input channels
@@ -219,10 +246,22 @@ def fold_batch_norm(op: Any, norm: Any, axis: int) -> tuple[nn.Parameter, nn.Par
     layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
     folded = torch.empty_like(weight, memory_format=layout)
     torch.mul(weight, per_channel.reshape(view), out=folded)
-    return (
-        nn.Parameter(folded, op.weight.requires_grad),
-        nn.Parameter(((bias - mean) * factor + shift).to(weight.dtype), op.weight.requires_grad),
-    )
+    return nn.Parameter(folded, op.weight.requires_grad)
+
+
+def fold_bias(op: Any, norm: Any) -> nn.Parameter:
+    """The bias of `op` followed by `norm`: a new parameter, computed in float64 and rounded once."""
+    mean = norm.running_mean.double()
+    shift = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
+    bias = torch.zeros_like(mean) if op.bias is None else op.bias.detach().double()
+    folded = (bias - mean) * _factor(norm) + shift
+    return nn.Parameter(folded.to(op.weight.dtype), op.weight.requires_grad)
+
+
+def _factor(norm: Any) -> torch.Tensor:
+    variance = norm.running_var.double()
+    gain = torch.ones_like(variance) if norm.weight is None else norm.weight.detach().double()
+    return gain / torch.sqrt(variance + norm.eps)
 
 
 def _norm_key(norm: Any) -> tuple[int, ...]:

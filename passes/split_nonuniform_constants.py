@@ -150,8 +150,9 @@ class _Case:
         """What the split gains, in words."""
         before = self.error((0, self.length))
         after = max(self.error(group) for group in groups)
+        name = self.candidate.constant.target
         return (
-            f"constant {self.candidate.constant.target} costs {before:.3g} steps of the result with one {self.qtype} scale, "
+            f"constant {name} costs {before:.3g} steps of the result with one {self.qtype} scale, "
             f"{after:.3g} with {len(groups)} groups {groups}"
         )
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import fx
 
 from passes.detect_shared_modules import find_shared_modules
+from qgraph.errors import UserError, did_you_mean
 from qgraph.ir.node_info import info
 from qgraph.nn import clone_module
 from qgraph.pipeline import Pass, PassContext, PassResult
@@ -24,7 +25,7 @@ class SplitSharedModules(Pass):
     """Gives the second and further calls of a module clones that hold the same tensors.
 
     Args:
-        only: paths of the modules to split; all shared ones if empty.
+        only: paths of the modules to split; all shared ones if empty. A path the graph does not call is an error.
     """
 
     name: ClassVar[str] = "split-shared-modules"
@@ -35,7 +36,9 @@ class SplitSharedModules(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
         notes = []
-        for shared in find_shared_modules(gm):
+        found = find_shared_modules(gm)
+        self._check_only(gm, [shared.path for shared in found])
+        for shared in found:
             if self.only and shared.path not in self.only:
                 continue
             calls = gm.graph.find_nodes(op="call_module", target=shared.path)
@@ -45,3 +48,12 @@ class SplitSharedModules(Pass):
                 edit.respell(node, "call_module", path, node.args, node.kwargs)
             notes.append(f"split {shared}")
         return PassResult(gm, edit.changes > 0, tuple(notes))
+
+    def _check_only(self, gm: fx.GraphModule, shared: list[str]) -> None:
+        called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+        for path in self.only:
+            if path not in called:
+                raise UserError(
+                    f"split-shared-modules is told to split {path!r}, which the graph does not call",
+                    fix=did_you_mean(path, shared or called),
+                )

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from qgraph.capture.batch import CannotMerge, Merge, apply_merge, merge
-from qgraph.capture.copying import copy_model, own_tensors, shared, with_own_memory, without_values
+from qgraph.capture.copying import copy_model, own_tensors, shared, state_keeper, with_own_memory, without_values
 from qgraph.capture.flags import check_waivers, raise_unless_waived
 from qgraph.capture.guard import InputGuard
 from qgraph.capture.inplace import InPlaceRemover
@@ -181,7 +181,10 @@ def _capture(request: _Request) -> fx.GraphModule:
     writable = "state" in request.waived
     root = copy_model(request.model, with_own_memory if writable else shared)
     inputs = copy_inputs(request.inputs)
+    restore = state_keeper(root) if writable else None
     recording = _record(request, root, inputs)
+    if restore is not None:
+        restore()
     notes = raise_unless_waived(recording.flags, request.waived, request.name)
     merged, choice, fixed = _free_batch(request, recording)
     InPlaceRemover(root, recording).run()
@@ -306,7 +309,14 @@ def _build(
     gm.eval()
     example = ExampleInputs((), copy_inputs({name: request.inputs[name] for name in names}))
     gm.meta["qgraph"] = GraphInfo(
-        Stage.CAPTURED, request.name, request.method, example, recording.output, batch_fixed=fixed, notes=notes
+        Stage.CAPTURED,
+        request.name,
+        request.method,
+        example,
+        recording.output,
+        batch_fixed=fixed,
+        notes=notes,
+        stateful=recording.changed_state,
     )
     return gm
 

@@ -58,6 +58,28 @@ def with_own_memory(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 
 
+def state_keeper(module: nn.Module) -> Callable[[], None]:
+    """Remembers all tensors of `module`; the function returned puts them and their values back."""
+    held: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = [
+        (table, name, tensor, tensor.detach().clone())
+        for child in module.modules()
+        for table in (child._parameters, child._buffers, child.__dict__)
+        for name, tensor in table.items()
+        if isinstance(tensor, torch.Tensor)
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for table, name, tensor, value in held:
+                if tensor.shape == value.shape:
+                    tensor.copy_(value)
+                else:
+                    tensor.data = value
+                table[name] = tensor
+
+    return restore
+
+
 def own_tensors(gm: nn.Module, model: nn.Module) -> None:
     """Gives `gm` copies of the tensors it still shares with `model`."""
     borrowed = {storage_key(tensor) for tensor in (*model.parameters(), *model.buffers())}

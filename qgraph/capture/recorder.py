@@ -35,13 +35,13 @@ from qgraph.capture.source import functional_module, user_line
 from qgraph.capture.structure import leaves
 from qgraph.capture.taint import Taint, flat_tensors, storage_key, written_operands
 from qgraph.errors import CaptureError
-from qgraph.ir.arguments import classify
+from qgraph.ir.arguments import classify, writes_in_place
 from qgraph.ir.editor import node_name
 from qgraph.ir.functional import field as get_field
 from qgraph.ir.functional import item as get_item
 from qgraph.ir.node_info import NodeInfo, SourceLine, info, set_info
 from qgraph.ir.op import Op, ShapeRule
-from qgraph.ir.op_table import CONSTANT, FIELD, INPUT, ITEM, OPAQUE, OUTPUT
+from qgraph.ir.op_table import CONSTANT, FIELD, IDENTITY, INPUT, ITEM, OPAQUE, OUTPUT
 from qgraph.ir.values import spec_of
 
 _TAG = "_qgraph_tag"
@@ -144,6 +144,7 @@ class Recorder:
         self._constant_paths: dict[int, str] = {}
         self._held: list[Any] = []
         self._random: list[Flag] = []
+        self._random_seen = 0
 
     # --- the run -------------------------------------------------------------------------------------------
 
@@ -226,12 +227,12 @@ class Recorder:
         source = user_line() if self.track else None
         node_args = tuple(self.argument(value) for value in args)
         node_kwargs = {key: self.argument(value) for key, value in kwargs.items()}
-        nested = bool(args) and isinstance(args[0], (tuple, list, dict)) and not isinstance(args[0], torch.Size)
-        op = classify(kind, target, self.root, tuple_valued=nested)
+        op = classify(kind, target, self.root, args, kwargs)
         site = site or self._function_site(target, op)
         node = self.recording.graph.create_node(kind, target, node_args, node_kwargs, name=node_name(site))
         value = None if result is None else spec_of(result)
-        set_info(node, NodeInfo(op, site, self.names.owner, source, value, in_place=bool(written)))
+        record = NodeInfo(op, site, self.names.owner, source, value, in_place=bool(written), random=self.drew_random())
+        set_info(node, record)
         node.meta["stack_trace"] = f'File "{source.file}", line {source.line}, in {source.function}' if source else ""
         if self.track and _autocast_on(result):
             self.flag("autocast", "an autocast region")
@@ -382,6 +383,12 @@ class Recorder:
         """Notes a random op; it counts only if the random state moved."""
         self._random.append(Flag("random", what, self.names.owner, user_line()))
 
+    def drew_random(self) -> bool:
+        """Whether a random op ran since this was last asked."""
+        drew = len(self._random) > self._random_seen
+        self._random_seen = len(self._random)
+        return drew
+
     # --- modules -------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -413,8 +420,9 @@ class Recorder:
         site = self.names.module_call(path)
         self.names.enter(path)
         try:
+            own = () if self.protected or not self.track else (*module.parameters(), *module.buffers())
             result, written = self.shape_only("call_module", path, args, module.__dict__) or self.observed(
-                lambda: original(module, *args, **kwargs), (*args, *kwargs.values())
+                lambda: original(module, *args, **kwargs), (*args, *kwargs.values(), *own)
             )
         finally:
             self.names.leave()
@@ -430,8 +438,11 @@ class Recorder:
         """
         if self.track or not args or not isinstance(args[0], torch.Tensor) or args[0].device.type != "meta":
             return None
-        rule = classify(kind, target, self.root).shape
-        if rule is ShapeRule.SAME and options.get("inplace"):
+        op = classify(kind, target, self.root, args, options)
+        rule = op.shape
+        if op is IDENTITY:  # whether it returns its operand or another tensor is for torch to say
+            return None
+        if rule is not ShapeRule.OTHER and (writes_in_place(kind, target) or options.get("inplace")):
             return args[0], [args[0]]
         self.depth += 1
         try:

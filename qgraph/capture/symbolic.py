@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _name_sites(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         key, owner = _scope(node)
         names.scopes = [scopes.setdefault(key, Scope(owner))]
-        op = classify(node.op, node.target, gm)
+        op = classify(node.op, node.target, gm, node.args, node.kwargs)
         source = _source(node)
         if node.op in ("placeholder", "output", "get_attr"):
             site = str(node.target)
@@ -112,11 +113,15 @@ def _observe(gm: fx.GraphModule, recorder: Recorder, inputs: Inputs) -> Recordin
     recording = recorder.recording = Recording(gm.graph, state=recorder.recording.state)
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nested = bool(args) and isinstance(args[0], (tuple, list, dict))
         record = info(node)
-        op = classify(node.op, node.target, gm, tuple_valued=nested)
+        op = classify(node.op, node.target, gm, args, kwargs)
         value, written = recorder.observed(lambda: call_node(gm, node, args, kwargs), (args, kwargs))
-        set_info(node, NodeInfo(op, record.site, record.module, record.source, in_place=bool(written)))
+        set_info(
+            node,
+            NodeInfo(
+                op, record.site, record.module, record.source, in_place=bool(written), random=recorder.drew_random()
+            ),
+        )
         for tensor in written:
             target = next((used for used in node.all_input_nodes), node)
             recording.writes.append(Write(node, target, storage_key(tensor)))
@@ -127,7 +132,7 @@ def _observe(gm: fx.GraphModule, recorder: Recorder, inputs: Inputs) -> Recordin
         record = info(node)
         set_info(
             node,
-            NodeInfo(record.op, record.site, record.module, record.source, spec_of(value), in_place=record.in_place),
+            replace(record, value=spec_of(value)),
         )
         if isinstance(value, torch.Tensor):
             recording.storages[node] = storage_key(value)

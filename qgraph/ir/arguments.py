@@ -9,7 +9,7 @@ A canonical node keeps operands positional and gives only options that differ fr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op import Op, QuantRule, Spelling
 from qgraph.ir.op_table import CONSTANT, FIELD, INPUT, ITEM, OPAQUE, OPS, OUTPUT, SLICE
 
+# torch takes numpy's names for its own in every function that has them.
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
 _STRUCTURAL = {"placeholder": INPUT, "get_attr": CONSTANT, "output": OUTPUT}
 
 
@@ -71,14 +73,20 @@ class Bound:
                     yield name, entry
 
 
-def classify(kind: str, target: Any, root: nn.Module | None, *, tuple_valued: bool = False) -> Op:
+def classify(
+    kind: str,
+    target: Any,
+    root: nn.Module | None,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Op:
     """The canonical operator a node means; `OPAQUE` if the table does not know it.
 
     Args:
         kind: fx's kind of node, such as `call_module`.
         target: the node's target.
         root: the module that holds the target of a `call_module` node.
-        tuple_valued: whether the first argument is a tuple, list or dict rather than a tensor.
+        args, kwargs: the call's arguments as values, where the spelling alone does not tell.
     """
     if kind in _STRUCTURAL:
         return _STRUCTURAL[kind]
@@ -89,9 +97,16 @@ def classify(kind: str, target: Any, root: nn.Module | None, *, tuple_valued: bo
     if target is getattr:
         return FIELD
     found = OPS.function(target) if kind == "call_function" else OPS.method(str(target))
-    if found is None:
+    if found is None or (found[1].unless is not None and found[1].unless(args, kwargs or {})):
         return OPAQUE
-    return ITEM if found[0] is SLICE and tuple_valued else found[0]
+    indexes_tuple = bool(args) and isinstance(args[0], (tuple, list, dict)) and not isinstance(args[0], torch.Size)
+    return ITEM if found[0] is SLICE and indexes_tuple else found[0]
+
+
+def writes_in_place(kind: str, target: Any) -> bool:
+    """Whether this spelling of a function or method writes to its first operand."""
+    found = OPS.function(target) if kind == "call_function" else OPS.method(str(target))
+    return kind in ("call_function", "call_method") and found is not None and found[2]
 
 
 def _stub_like(module: nn.Module) -> Op | None:
@@ -114,16 +129,25 @@ def bind(node: fx.Node) -> Bound:
     if op.target is None and not op.functions and not op.methods:
         return Bound(op, {})
     spelling, in_place = _spelling(node, op)
-    names = spelling.names or tuple(op.signature.parameters)
+    names = spelling.names(node.args) if callable(spelling.names) else spelling.names
+    names = names or tuple(op.signature.parameters)
     args = _packed(list(node.args), names, spelling)
     if len(args) > len(names):
         raise VerifyError(f"{op} takes {len(names)} arguments, got {len(args)}", where=where(node))
-    given = dict(zip(names, args, strict=False)) | dict(node.kwargs) | dict(spelling.fixed)
+    named = {_own_name(name, op, spelling): value for name, value in node.kwargs.items()}
+    given = dict(spelling.fixed) | dict(zip(names, args, strict=False)) | named
     given = {name: value for name, value in given.items() if name not in spelling.ignored}
     if spelling.swapped:
         first, second = op.operands[:2]
         given[first], given[second] = given.get(second), given.get(first)
     return Bound(op, _complete(node, op, given), in_place)
+
+
+def _own_name(keyword: str, op: Op, spelling: Spelling) -> str:
+    """The operator's name of a keyword argument."""
+    if keyword in op.signature.parameters or keyword in spelling.ignored:
+        return keyword
+    return spelling.renamed.get(keyword) or _NUMPY_NAMES.get(keyword, keyword)
 
 
 def _spelling(node: fx.Node, op: Op) -> tuple[Spelling, bool]:
@@ -150,23 +174,13 @@ def _complete(node: fx.Node, op: Op, given: dict[str, Any]) -> dict[str, Any]:
     missing = [
         name
         for name, parameter in parameters.items()
-        if name not in given and parameter.default is inspect.Parameter.empty and not _variadic(parameter)
+        if name not in given and parameter.default is inspect.Parameter.empty
     ]
-    if _takes_anything(op):
-        return given
     if unknown or missing:
         problem = f"unknown argument {unknown}" if unknown else f"missing argument {missing}"
         raise VerifyError(f"{op}: {problem}", where=where(node), why=node.format_node() or "")
     defaults = {name: parameter.default for name, parameter in parameters.items() if name not in given}
     return {**given, **defaults}
-
-
-def _takes_anything(op: Op) -> bool:
-    return any(_variadic(parameter) for parameter in op.signature.parameters.values())
-
-
-def _variadic(parameter: inspect.Parameter) -> bool:
-    return parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _bind_module(node: fx.Node, op: Op) -> Bound:

@@ -18,7 +18,11 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     old_output = next(node for node in gm.graph.nodes if node.op == "output")
     set_info(graph.output(output), info(old_output))
     copied = fx.GraphModule(gm, graph, class_name=graph_info(gm).model)
-    copied.train(gm.training)
+    # Leaf modules are gm's own, with flags of their own; only what the constructor made gets one.
+    originals = dict(gm.named_modules())
+    for path, module in copied.named_modules():
+        if path not in originals or originals[path] is not module:
+            module.training = originals[path].training if path in originals else gm.training
     copied.meta.update(gm.meta)
     return copied
 

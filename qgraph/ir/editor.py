@@ -146,6 +146,7 @@ class Editor:
                 origins=record.stands_for if site is None else (),
                 created_by=self.author,
                 in_place=False,
+                random=record.random if site is None else False,
                 unstable=False,
                 inner=record.inner if site is None else False,
                 plan=record.plan if site is None else None,
@@ -335,20 +336,28 @@ class Editor:
 
 
 def canonical_arguments(bound: Bound) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Leading operands by position (absent ones at the end dropped), everything else that is not a default by name."""
+    """Leading operands by position (absent ones at the end dropped), everything else that is not a default by name.
+
+    Sequences of operands are lists and sequences of options tuples, whichever the user wrote.
+    """
     op = bound.op
     if op.target is operator.getitem:  # takes nothing by name
         return (bound.operand("input"), bound.option("index")), {}
+    if op.canonical is not None:
+        bound = replace(bound, values={**bound.values, **op.canonical(bound.values)})
     args: list[Any] = []
     for name in op.signature.parameters:
         if name not in op.operands:
             break
-        args.append(bound.operand(name))
-    while args and args[-1] is None:
-        args.pop()
+        value = bound.operand(name)
+        args.append(list(value) if isinstance(value, tuple) else value)
     leading = tuple(op.signature.parameters)[: len(args)]
+    while args and args[-1] is None and op.default(leading[len(args) - 1]) is None:
+        args.pop()
+    leading = leading[: len(args)]
     rest = {name: bound.operand(name) for name in op.operands if name not in leading}
-    return tuple(args), {name: value for name, value in rest.items() if value is not None} | bound.options()
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in bound.options().items()}
+    return tuple(args), {name: value for name, value in rest.items() if value is not None} | options
 
 
 def node_name(site: str) -> str:

@@ -68,7 +68,8 @@ class NodeInfo:
         value: shape and dtype on the example run; None where no run has seen the node yet.
         origins: sites of the captured nodes this one stands for; itself if empty.
         created_by: the pass that made the node, or `capture`.
-        in_place: the node writes to one of its operands: it must not be removed, moved or matched.
+        in_place: the node writes to one of its operands or to state: it must not be removed, moved or matched.
+        random: the node draws random numbers: without it, later draws would differ.
         unstable: the node's storage is written by an `in_place` node: it must not be moved or matched.
         inner: the node is a step of a composite that was taken apart; the composite's site is another node's.
         plan: decision for the result's site.
@@ -86,6 +87,7 @@ class NodeInfo:
     origins: tuple[str, ...] = ()
     created_by: str = "capture"
     in_place: bool = False
+    random: bool = False
     unstable: bool = False
     inner: bool = False
     plan: SitePlan | None = None
@@ -134,6 +136,7 @@ class GraphInfo:
         example: the example inputs, copies owned by the graph; None if it was not captured by qgraph.
         expected: the graph's outputs on the example inputs, where a run has seen them.
         batch_fixed: why the batch size cannot change; None if it is free.
+        stateful: whether a run changes buffers that the next run reads (a waived flag).
         target: name of the target it was prepared for.
         properties: what passes have established, such as `batch-norm-folded`.
         history: names of the passes that ran, in order.
@@ -147,6 +150,7 @@ class GraphInfo:
     example: ExampleInputs | None = None
     expected: Any = None
     batch_fixed: str | None = None
+    stateful: bool = False
     target: str | None = None
     properties: frozenset[str] = frozenset()
     history: tuple[str, ...] = ()

@@ -74,18 +74,23 @@ class Spelling:
     """One way to write an operator.
 
     Args:
-        names: the spelling's parameters in order, under the operator's names; None to use the operator's own.
+        names: the spelling's parameters in order, under the operator's names; a function of the positional arguments
+            where it has overloads; None to use the operator's own.
         packed: the parameter that may take all remaining positional arguments, as in `x.permute(0, 2, 1)`.
-        fixed: options this spelling implies, such as `dim0=-2` of `x.mT`.
+        fixed: options this spelling implies unless they are given, such as `dim0=0` of `x.t()`.
         ignored: parameters of the spelling without a meaning for the result (`inplace`, `_stacklevel`).
+        renamed: keywords of the spelling that differ from the operator's, such as `axis0` for `dim0`.
         swapped: whether the spelling takes the first two operands in the other order (`__rsub__`).
+        unless: recognizes calls that mean something else by their arguments, such as `x.view(torch.int32)`.
     """
 
-    names: tuple[str, ...] | None = None
+    names: tuple[str, ...] | Callable[[tuple[Any, ...]], tuple[str, ...]] | None = None
     packed: str | None = None
     fixed: Mapping[str, object] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
     swapped: bool = False
+    unless: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +114,7 @@ class Op:
         scalar_function: for tables: the float64 function of the value and the options.
         commutative: whether the first two operands may be swapped.
         shape: how the result's shape follows from the operands', where that is simple.
+        canonical: options in their one form, from all values, where users write the same thing in several ways.
     """
 
     name: str
@@ -127,6 +133,7 @@ class Op:
     scalar_function: Callable[..., torch.Tensor] | None = None
     commutative: bool = False
     shape: ShapeRule = ShapeRule.OTHER
+    canonical: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def __str__(self) -> str:
         return self.name

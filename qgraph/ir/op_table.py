@@ -63,8 +63,20 @@ def _op(
     return OPS.define(entry)
 
 
-def _args(names: str, *, ignored: str = "", packed: str | None = None, **fixed: object) -> Spelling:
-    return Spelling(tuple(names.split()), packed, fixed, tuple(ignored.split()))
+def _args(
+    names: str,
+    *,
+    ignored: str = "",
+    packed: str | None = None,
+    renamed: Mapping[str, str] | None = None,
+    unless: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None,
+    **fixed: object,
+) -> Spelling:
+    return Spelling(tuple(names.split()), packed, fixed, tuple(ignored.split()), renamed or {}, unless=unless)
+
+
+def _renamed(**names: str) -> Spelling:
+    return Spelling(renamed=names)
 
 
 _SWAPPED = Spelling(swapped=True)
@@ -89,7 +101,7 @@ SIZE = _op("size", OpKind.STRUCTURE, lambda input, dim=None: None, spelled=("siz
 
 def _conv(name: str, module: type[nn.Module], function: Function, overload: Function | None) -> Op:
     def example(  # type: ignore[no-untyped-def]
-        input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, residual=None
+        input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros", residual=None
     ):
         return None
 
@@ -161,15 +173,15 @@ MATMUL = _op(
     "input other",
     target=torch.matmul,
     spelled=(
-        torch.bmm,
-        torch.mm,
+        (torch.bmm, _renamed(mat2="other")),
+        (torch.mm, _renamed(mat2="other")),
         operator.matmul,
         aten.matmul.default,
         aten.bmm.default,
         "matmul",
         "__matmul__",
-        "bmm",
-        "mm",
+        ("bmm", _renamed(mat2="other")),
+        ("mm", _renamed(mat2="other")),
         ("__rmatmul__", _SWAPPED),
     ),
     quant=QuantRule.OWN,
@@ -420,6 +432,7 @@ RELU6 = _op(
     shape=ShapeRule.SAME,
     lowering="clamp",
 )
+_BOUNDS = {"min_val": "min", "max_val": "max"}
 CLAMP = _op(
     "clamp",
     OpKind.SELECT,
@@ -427,9 +440,9 @@ CLAMP = _op(
     target=torch.clamp,
     spelled=(
         torch.clip,
-        (F.hardtanh, Spelling(("input", "min", "max", _FLAG), ignored=(_FLAG,))),
+        (F.hardtanh, _args("input min max inplace", ignored=_FLAG, renamed=_BOUNDS, min=-1.0, max=1.0)),
         aten.clamp.default,
-        (aten.hardtanh.default, _args("input min max")),
+        (aten.hardtanh.default, _args("input min max", renamed=_BOUNDS, min=-1.0, max=1.0)),
         "clamp",
         "clip",
         ("clamp_min", _args("input min")),
@@ -443,6 +456,7 @@ CLAMP = _op(
         torch.clamp_,
         ("clamp_min_", _args("input min")),
         ("clamp_max_", _args("input max")),
+        (F.hardtanh_, _args("input min max", renamed=_BOUNDS, min=-1.0, max=1.0)),
     ),
     modules={nn.Hardtanh: {"min": "min_val", "max": "max_val"}},
     quant=QuantRule.OWN,
@@ -461,6 +475,20 @@ AMAX = _op(
 # --- pooling and reductions --------------------------------------------------------------------------------
 
 
+def _uniform(value: Any) -> Any:
+    """`(3, 3)` as 3: torch repeats a number over the spatial dimensions."""
+    equal = isinstance(value, (tuple, list)) and len(value) > 0 and all(entry is value[0] for entry in value)
+    return value[0] if equal else value
+
+
+def _pool_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("kernel_size", "stride", "padding", "dilation", "output_size")
+    found = {name: _uniform(values[name]) for name in names if name in values}
+    if "stride" in found and found["stride"] == found["kernel_size"]:
+        found["stride"] = None
+    return found
+
+
 def _max_pool(name: str, module: type[nn.Module], function: Function, inner: Function) -> Op:
     return _op(
         name,
@@ -471,6 +499,7 @@ def _max_pool(name: str, module: type[nn.Module], function: Function, inner: Fun
         modules=(module,),
         quant=QuantRule.SAME,
         lowering="max_pool",
+        canonical=_pool_options,
     )
 
 
@@ -486,6 +515,7 @@ AVG_POOL1D = _op(
     modules=(nn.AvgPool1d,),
     quant=QuantRule.OWN,
     lowering="avg_pool",
+    canonical=_pool_options,
 )
 
 
@@ -503,6 +533,7 @@ def _avg_pool(name: str, module: type[nn.Module], function: Function) -> Op:
         modules=(module,),
         quant=QuantRule.OWN,
         lowering="avg_pool",
+        canonical=_pool_options,
     )
 
 
@@ -511,7 +542,9 @@ AVG_POOL3D = _avg_pool("avg_pool3d", nn.AvgPool3d, F.avg_pool3d)
 
 
 def _adaptive(name: str, module: type[nn.Module], function: Function, kind: OpKind, **more: Any) -> Op:
-    return _op(name, kind, lambda input, output_size: None, target=function, modules=(module,), **more)
+    return _op(
+        name, kind, lambda input, output_size: None, target=function, modules=(module,), canonical=_pool_options, **more
+    )
 
 
 _AVERAGES = {"quant": QuantRule.OWN, "lowering": "adaptive_avg_pool"}
@@ -551,13 +584,17 @@ def _move(name: str, function: Function, example: Callable[..., object], **more:
     return _op(name, OpKind.MOVE, example, target=function, quant=QuantRule.SAME, **more)
 
 
+def _names_a_dtype(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
+
+
 RESHAPE = _move(
     "reshape",
     torch.reshape,
     lambda input, shape: None,
     spelled=(
         ("reshape", _args("input shape", packed="shape")),
-        ("view", _args("input shape", packed="shape")),
+        ("view", _args("input shape", packed="shape", renamed={"size": "shape"}, unless=_names_a_dtype)),
         aten.view.default,
         aten.reshape.default,
     ),
@@ -587,11 +624,11 @@ TRANSPOSE = _move(
     torch.transpose,
     lambda input, dim0, dim1: None,
     spelled=(
-        torch.swapaxes,
+        (torch.swapaxes, _renamed(axis0="dim0", axis1="dim1")),
         torch.swapdims,
         aten.transpose.int,
         "transpose",
-        "swapaxes",
+        ("swapaxes", _renamed(axis0="dim0", axis1="dim1")),
         "swapdims",
         ("t", _args("input", dim0=0, dim1=1)),
         (torch.t, _args("input", dim0=0, dim1=1)),
@@ -623,7 +660,10 @@ REPEAT = _move(
     "repeat",
     torch.tile,
     lambda input, dims: None,
-    spelled=(("repeat", _args("input dims", packed="dims")), ("tile", _args("input dims", packed="dims"))),
+    spelled=(
+        ("repeat", _args("input dims", packed="dims", renamed={"repeats": "dims"})),
+        ("tile", _args("input dims", packed="dims")),
+    ),
 )
 SLICE = _move(
     "slice",
@@ -691,7 +731,15 @@ PAD = _op(
     },
     quant=lambda values: QuantRule.SAME if values["mode"] != "constant" or not values["value"] else QuantRule.OWN,
     lowering="pad",
+    canonical=lambda values: {"value": values["value"] or None},
 )
+
+
+def _resize_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    factor = _uniform(values["scale_factor"])
+    return {"size": _uniform(values["size"]), "scale_factor": float(factor) if isinstance(factor, int) else factor}
+
+
 INTERPOLATE = _op(
     "interpolate",
     OpKind.SAMPLE,
@@ -706,7 +754,19 @@ INTERPOLATE = _op(
     modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     quant=lambda values: QuantRule.SAME if values["mode"].startswith("nearest") else QuantRule.OWN,
     lowering="interpolate",
+    canonical=_resize_options,
 )
+
+
+def _dropout(*, flag: str = "training", default: bool = True) -> Spelling:
+    """A dropout that is off: one that is on draws random numbers and is no identity."""
+
+    def is_on(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        return bool(args[2] if len(args) > 2 else kwargs.get(flag, default))
+
+    return _args(f"input p {flag} inplace", ignored=f"p {flag} inplace", unless=is_on)
+
+
 IDENTITY = _op(
     "identity",
     OpKind.MOVE,
@@ -715,13 +775,13 @@ IDENTITY = _op(
         torch.clone,
         torch.detach,
         torch.alias_copy,
-        (F.dropout, _args("input p training inplace", ignored="p training inplace")),
-        (F.dropout1d, _args("input p training inplace", ignored="p training inplace")),
-        (F.dropout2d, _args("input p training inplace", ignored="p training inplace")),
-        (F.dropout3d, _args("input p training inplace", ignored="p training inplace")),
-        (F.alpha_dropout, _args("input p training inplace", ignored="p training inplace")),
-        (F.feature_alpha_dropout, _args("input p training inplace", ignored="p training inplace")),
-        (torch.dropout, _args("input p train", ignored="p train")),
+        (F.dropout, _dropout()),
+        (F.dropout1d, _dropout()),
+        (F.dropout2d, _dropout()),
+        (F.dropout3d, _dropout()),
+        (F.alpha_dropout, _dropout(default=False)),
+        (F.feature_alpha_dropout, _dropout(default=False)),
+        (torch.dropout, _dropout(flag="train")),
         ("contiguous", _args("input memory_format", ignored="memory_format")),
         ("clone", _args("input memory_format", ignored="memory_format")),
         "detach",
@@ -739,11 +799,42 @@ IDENTITY = _op(
     quant=QuantRule.SAME,
     lowering="move",
 )
+
+
+def _overload_of_to(args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Parameters of `x.to(dtype)`, `x.to(device, dtype)` and `x.to(other)`, by the first argument."""
+    first = args[1] if len(args) > 1 else None
+    kinds = ("dtype",) if isinstance(first, torch.dtype) else ("device", "dtype")
+    if first is not None and not isinstance(first, (torch.dtype, torch.device, str, int)):
+        kinds = ("other",)
+    return ("input", *kinds, "non_blocking", "copy")
+
+
+_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int": torch.int32,
+    "long": torch.int64,
+    "short": torch.int16,
+    "char": torch.int8,
+    "byte": torch.uint8,
+    "bool": torch.bool,
+}
 CAST = _op(
     "cast",
     OpKind.MOVE,
-    lambda input, *args, **kwargs: None,
-    spelled=("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "cpu", "cuda", "type_as"),
+    lambda input, other=None, dtype=None, device=None, non_blocking=False, copy=False, memory_format=None: None,
+    "input other",
+    spelled=(
+        ("to", Spelling(_overload_of_to)),
+        ("type", _args("input dtype non_blocking")),
+        ("type_as", _args("input other")),
+        ("cpu", _args("input memory_format", device="cpu")),
+        ("cuda", _args("input device non_blocking memory_format", device="cuda")),
+        *((name, _args("input memory_format", dtype=dtype)) for name, dtype in _CASTS.items()),
+    ),
 )
 
 # --- composites: taken apart before they are quantized -----------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import fx
 
 from qgraph.errors import NumericCheckError
 from qgraph.ir.evaluate import evaluate
-from qgraph.ir.node_info import ExampleInputs, info, where
+from qgraph.ir.node_info import ExampleInputs, graph_info, info, where
 from qgraph.pipeline.base import Numerics, Pass
 
 _FLIPS = 0.01  # share of integer results (argmax, comparisons) that may differ where floats may
@@ -37,9 +39,24 @@ class Difference:
 
 
 def run_example(gm: fx.GraphModule, example: ExampleInputs) -> Any:
-    """The graph's outputs on the example inputs."""
-    with torch.no_grad():
-        return evaluate(gm, example.args, example.kwargs)
+    """The graph's outputs on the example inputs, always the same: random draws are seeded, state is left alone."""
+    with _seeded(), torch.no_grad():
+        return evaluate(_disposable(gm), example.args, example.kwargs)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _disposable(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module that may be run without leaving traces in `gm`."""
+    return copy.deepcopy(gm) if graph_info(gm).stateful else gm
 
 
 def outputs_differ(reference: Any, outputs: Any, numerics: Numerics) -> Difference | None:
@@ -58,6 +75,8 @@ def tensors_differ(place: str, one: torch.Tensor, two: torch.Tensor, numerics: N
     """Whether two tensors differ by more than `numerics` allows."""
     if one.shape != two.shape:
         return Difference(f"{place}: shape {list(one.shape)} became {list(two.shape)}, so it", float("nan"), 0.0)
+    if one.dtype != two.dtype:
+        return Difference(f"{place}: {one.dtype} became {two.dtype}, so it", float("nan"), 0.0)
     if one.numel() == 0 or torch.equal(one, two):
         return None
     if not one.is_floating_point():
@@ -109,8 +128,10 @@ def first_differing_node(
             found.append((node, difference))
 
     with torch.no_grad():
-        evaluate(before, example.args, example.kwargs, observe=remember)
-        evaluate(after, example.args, example.kwargs, observe=compare)
+        with _seeded():
+            evaluate(_disposable(before), example.args, example.kwargs, observe=remember)
+        with _seeded():
+            evaluate(_disposable(after), example.args, example.kwargs, observe=compare)
     return found[0] if found else None
 
 

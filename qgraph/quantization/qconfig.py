@@ -6,7 +6,7 @@ them matched is remembered, so that a setting without effect is an error and not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -99,11 +99,11 @@ class QConfigSetter(Protocol):
     def decide(self, query: SiteQuery) -> QConfig | None:
         """The configuration for a site; None to leave it to the next setter."""
 
-    def unused(self) -> list[str]:
-        """Parts of this setter that no site asked for."""
+    def unused(self, queries: Sequence[SiteQuery]) -> list[str]:
+        """Parts of this setter that decide none of the sites asked for."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DefaultQconfigSetter:
     """The same configuration for every site.
 
@@ -122,11 +122,11 @@ class DefaultQconfigSetter:
     def decide(self, query: SiteQuery) -> QConfig | None:
         return self.qconfig
 
-    def unused(self) -> list[str]:
+    def unused(self, queries: Sequence[SiteQuery]) -> list[str]:
         return []
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModuleNameQconfigSetter:
     """Configurations by name: a site, a fused member, or a module with everything in it; `""` is every site.
 
@@ -137,7 +137,6 @@ class ModuleNameQconfigSetter:
     """
 
     qconfigs: Mapping[str, QConfig]
-    _used: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         for key, value in self.qconfigs.items():
@@ -151,15 +150,16 @@ class ModuleNameQconfigSetter:
         return "module name"
 
     def decide(self, query: SiteQuery) -> QConfig | None:
-        matching = [key for key in self.qconfigs if any(_covers(key, name) for name in query.names)]
-        if not matching:
-            return None
-        best = max(matching, key=len)
-        self._used.add(best)
-        return self.qconfigs[best]
+        key = self._best_match(query)
+        return None if key is None else self.qconfigs[key]
 
-    def unused(self) -> list[str]:
-        return [key for key in self.qconfigs if key not in self._used]
+    def unused(self, queries: Sequence[SiteQuery]) -> list[str]:
+        used = {self._best_match(query) for query in queries}
+        return [key for key in self.qconfigs if key not in used]
+
+    def _best_match(self, query: SiteQuery) -> str | None:
+        matching = [key for key in self.qconfigs if any(_covers(key, name) for name in query.names)]
+        return max(matching, key=len, default=None)
 
 
 def _covers(key: str, name: str) -> bool:
@@ -216,15 +216,15 @@ def resolve(setters: Iterable[QConfigSetter], query: SiteQuery) -> tuple[QConfig
     raise QuantizationError(f"no setter answers for site {query.site}", fix="end the setters with a default")
 
 
-def check_all_used(setters: Iterable[QConfigSetter], names: Iterable[str]) -> None:
-    """Refuses settings that no site asked for.
+def check_all_used(setters: Iterable[QConfigSetter], queries: Sequence[SiteQuery]) -> None:
+    """Refuses settings that decide none of the sites asked for.
 
     Raises:
         QuantizationError: a name matched nothing; close matches are given.
     """
-    known = list(names)
+    known = [name for query in queries for name in query.names]
     for setter in setters:
-        for key in setter.unused():
+        for key in setter.unused(queries):
             raise QuantizationError(
                 f"the {setter.name} setting for {key!r} has no effect",
                 why="no quantized site of the graph has that name, or a longer name always wins",

@@ -1,8 +1,8 @@
 """Every operator of the first set: runs in integers, agrees with fake quantization site by site, at any batch size.
 
-Each case is one small forward. After prepare, calibrate and convert, the operator must be an integer operator (no island),
-every site must agree with fake quantization as far as section 11 of docs/arithmetic.md promises, and the integer graph
-must compute a sample the same way in a batch of any size.
+Each case is one small forward. After prepare, calibrate and convert, the operator must be an integer operator (no
+island), every site must agree with fake quantization as far as section 11 of docs/arithmetic.md promises, and the
+integer graph must compute a sample the same way in a batch of any size.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CASES = [
     Case("conv2d_reflect", "conv2d", module(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"))),
     Case("conv2d_same", "conv2d", module(nn.Conv2d(4, 6, (2, 4), padding="same"))),
     Case("conv3d", "conv3d", module(nn.Conv3d(2, 3, 2, stride=(1, 2, 1))), (2, 3, 5, 4)),
-    Case("conv_transpose1d", "conv_transpose1d", module(nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1)), (4, 5)),
+    Case("transpose1d", "conv_transpose1d", module(nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1)), (4, 5)),
     Case("conv_transpose2d", "conv_transpose2d", module(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1))),
     Case("conv_transpose2d_groups", "conv_transpose2d", module(nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2))),
     Case("conv_transpose3d", "conv_transpose3d", module(nn.ConvTranspose3d(2, 3, 2, stride=2)), (2, 3, 3, 3)),
@@ -146,7 +146,8 @@ CASES = [
     Case("nearest_odd", "index_select", of(lambda m, x: F.interpolate(x, size=(5, 9)))),
     Case("nearest_1d", "index_select", of(lambda m, x: F.interpolate(x, scale_factor=1.5)), (4, 6)),
     Case("bilinear", "interpolate", of(lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear"))),
-    Case("bilinear_corners", "interpolate", of(lambda m, x: F.interpolate(x, size=(11, 4), mode="bilinear", align_corners=True))),
+    Case("bilinear_corners", "interpolate", module(nn.UpsamplingBilinear2d(size=(11, 4)))),
+    Case("corners", "interpolate", of(lambda m, x: F.interpolate(x, (11, 4), mode="bilinear", align_corners=True))),
     Case("upsample", "interpolate", module(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))),
 ]  # fmt: skip
 

@@ -239,8 +239,6 @@ def test_graphs_of_others_are_refused() -> None:
     with pytest.raises(UserError, match=r"qgraph\.trace"):
         Pipeline.parse("canonicalize").run(plain)
 
-    pipeline = Pipeline((Canonicalize(), Pipeline((FoldConstants(), Meddle("sigmoid"))), EliminateDeadCode()))
-
 
 def test_observers_see_every_pass(gm: fx.GraphModule) -> None:
     seen: list[str] = []
