@@ -5,6 +5,7 @@
     F.conv2d(x, weight, bias)                 -> a Conv2d module, if the weights are the model's own
     nn.Conv2d(padding_mode="reflect")         -> pad, then a plain convolution
     Identity, eval-mode dropout, clone, contiguous, detach, casts to the same dtype -> gone
+Copies into another memory layout stay: what follows would add in another order. `use-channels-last` removes them.
 
 Modules with parameters stay modules; everything else becomes a function call with operands by position and options
 by name. Bit exact.
@@ -22,6 +23,7 @@ from torch import fx
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import Bound, bind
 from qgraph.ir.editor import Editor, canonical_arguments
+from qgraph.ir.identities import is_free_identity, memory_is_read
 from qgraph.ir.node_info import graph_info, info
 from qgraph.ir.op import Op, OpKind
 from qgraph.ir.shapes import tensor_spec
@@ -67,28 +69,17 @@ def _is_identity(node: fx.Node, device: torch.device | None) -> bool:
         return False
     before, after = tensor_spec(operands[0]), tensor_spec(node)
     if op is ops.IDENTITY:
-        return before == after and not _memory_is_read(node)
+        return before == after and is_free_identity(node)
     if op is ops.CAST:
         wanted = bind(node).option("device")
         stays = wanted is None or (device is not None and torch.device(wanted) == device)
-        return before is not None and before == after and stays and not _memory_is_read(node)
+        same = before is not None and before == after and not info(node).relaid
+        return same and stays and not memory_is_read(node)
     if op is ops.TRANSPOSE:
         return before is not None and len(before.shape) < 2
     if op is ops.RESHAPE:
         # A reshape that reads the batch size, or leaves it to -1, keeps its shape only at the example's batch.
         return before is not None and before == after and tuple(bind(node).option("shape")) == before.shape
-    return False
-
-
-def _memory_is_read(node: fx.Node) -> bool:
-    """Whether an unknown operator sees the value, or a view of it: it may depend on how the memory is laid out."""
-    pending = list(node.users)
-    while pending:
-        user = pending.pop()
-        if info(user).op is ops.OPAQUE:
-            return True
-        if info(user).op.kind is OpKind.MOVE or info(user).op is ops.ITEM:
-            pending += user.users
     return False
 
 

@@ -49,7 +49,7 @@ def _merge_constants(edit: Editor) -> None:
     known: dict[tuple[Any, ...], fx.Node] = {}
     for node in edit.graph.find_nodes(op="get_attr"):
         tensor = tensor_at(edit.gm, str(node.target))
-        if tensor.numel() < _WORTH_MERGING:
+        if tensor.numel() < _WORTH_MERGING or info(node).unstable:
             continue
         digest = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()).digest()
         first = known.setdefault((tuple(tensor.shape), tensor.dtype, digest), node)
@@ -65,13 +65,15 @@ def _merge_equal(edit: Editor) -> None:
         key = (node.target, _key(node.args, edit.gm), _key(tuple(node.kwargs.items()), edit.gm))
         first = known.setdefault(key, node)
         if first is not node:
+            both = dict.fromkeys((*info(first).stands_for, *info(node).stands_for))
+            edit.annotate(first, origins=tuple(both))
             edit.bypass(node, first)
 
 
 def _key(value: Any, gm: fx.GraphModule) -> Any:
     """A hashable stand-in for arguments, in which constants are compared by value."""
     if isinstance(value, fx.Node):
-        if value.op != "get_attr":
+        if value.op != "get_attr" or info(value).unstable:
             return value
         tensor: torch.Tensor = tensor_at(gm, str(value.target))
         return (tuple(tensor.shape), str(tensor.dtype), tuple(tensor.flatten().tolist()))

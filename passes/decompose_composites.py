@@ -150,12 +150,13 @@ def _layer_norm(node: fx.Node, steps: _Steps) -> None:
     squares = steps.step("var_mean.mul", ops.MUL, centred, centred, shape=spec.shape)
     variance = steps.step("var_mean.post_mean", ops.MEAN, squares, dim=dims, keepdim=True, shape=reduced)
     inverse = steps.step("rsqrt", ops.RSQRT, variance, eps=module.eps, shape=reduced)
-    if module.weight is None:
+    if module.weight is None and module.bias is None:
         steps.finish(ops.MUL, centred, inverse)
         return
     normal = steps.step("mul", ops.MUL, centred, inverse, shape=spec.shape)
+    weight = torch.ones_like(module.bias) if module.weight is None else module.weight
     bias = torch.zeros_like(module.weight) if module.bias is None else module.bias
-    steps.finish_affine(normal, module.weight, bias)
+    steps.finish_affine(normal, weight, bias)
 
 
 def _check_div(node: fx.Node) -> Verdict:

@@ -1,7 +1,8 @@
 """Computes once what depends on no input.
 
 Positions, masks, index tables and normalized weights are a seventh of the nodes of real graphs. Nodes whose operands
-are all constants are evaluated and replaced by a buffer where an input-dependent node reads them. Not folded: what
+are all constants are evaluated and replaced by a tensor where an input-dependent node reads them: a parameter, which
+training goes on changing, if it is computed from parameters that are trained, a buffer otherwise. Not folded: what
 draws random numbers, writes in place, or would keep a tensor far larger than what it is made from. Bit exact.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qgraph.ir.editor import Editor
 from qgraph.ir.evaluate import call_node
@@ -25,7 +26,7 @@ _UNKNOWN = object()
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Replaces constant subgraphs by buffers.
+    """Replaces constant subgraphs by tensors.
 
     Args:
         largest: a folded tensor with more elements than this is kept as computation if it is over four times as
@@ -89,14 +90,15 @@ def _too_large(value: Any, node: fx.Node, values: dict[fx.Node, Any], largest: i
 
 
 def _materialize(node: fx.Node, values: dict[fx.Node, Any], edit: Editor) -> None:
-    """Gives the readers that depend on inputs a buffer instead of the computation."""
+    """Gives the readers that depend on inputs a tensor instead of the computation."""
     value = values[node]
     readers = [user for user in node.users if user not in values]
     if not readers or not isinstance(value, torch.Tensor):
         return
     record = info(node)
     path = record.site.translate(str.maketrans("()[]", "____"))
-    folded = edit.constant(value.detach().clone(), path=path, like=node)
+    tensor = value.detach().clone()
+    folded = edit.constant(nn.Parameter(tensor) if value.requires_grad else tensor, path=path, like=node)
     edit.annotate(folded, origins=record.stands_for, qparams=record.qparams)
     for reader in readers:
         edit.replace_input(reader, node, folded)
@@ -116,7 +118,7 @@ def _value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any
     state = torch.get_rng_state()
     args = fx.node.map_arg(node.args, lambda used: values[used])
     kwargs = fx.node.map_arg(node.kwargs, lambda used: values[used])
-    with torch.no_grad():
+    with torch.enable_grad():  # the result knows whether training would change it
         value = call_node(gm, node, args, kwargs)
     if not torch.equal(torch.get_rng_state(), state):
         torch.set_rng_state(state)

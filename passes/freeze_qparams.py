@@ -49,7 +49,7 @@ class FreezeQParams(Pass):
 def _freeze(node: fx.Node, edit: Editor) -> None:
     record = info(node)
     if record.weight_plan is not None:
-        fused = module_of(node)
+        fused = module_of(node) if node.op == "call_module" else None
         if not isinstance(fused, Fused) or not isinstance(fused.weight_fake_quant, FakeQuantize):
             raise InternalError("a planned weight has no fake quantization", where=where(node))
         edit.annotate(node, weight_qparams=fused.weight_fake_quant.qparams())
@@ -61,9 +61,9 @@ def _freeze(node: fx.Node, edit: Editor) -> None:
 def _qparams(node: fx.Node) -> QParams | None:
     record = info(node)
     if record.op is FAKE_QUANT:
-        return _site_module(node).qparams()
+        return _site_module(node, node).qparams()
     if record.plan is not None and record.plan.observer != "none":
-        return _site_module(next(iter(node.users))).qparams()
+        return _site_module(next(iter(node.users), node), node).qparams()
     if record.plan is not None:
         return _accumulator_qparams(node)
     if record.op is DEQUANT_STUB or not node.all_input_nodes:
@@ -80,10 +80,10 @@ def _first_operand(node: fx.Node) -> fx.Node | None:
     return next((operand for _, operand in bind(node).nodes()), None)
 
 
-def _site_module(node: fx.Node) -> FakeQuantize:
-    module = module_of(node)
+def _site_module(rounding: fx.Node, site: fx.Node) -> FakeQuantize:
+    module = module_of(rounding) if rounding.op == "call_module" else None
     if not isinstance(module, FakeQuantize):
-        raise InternalError("a rounded site has no fake quantization", where=where(node))
+        raise InternalError("a rounded site has no fake quantization", where=where(site))
     return module
 
 
@@ -97,6 +97,8 @@ def _accumulator_qparams(node: fx.Node) -> QParams:
     step = accumulator_step(first, second, scale_repeats(node) if record.op in FUSABLE else 1)
     spec = tensor_spec(node)
     rank = len(spec.shape) if spec is not None else 2
-    # Channels are dimension 1 of a convolution and the last of a linear.
-    axis = None if step.dim() == 0 else (rank - 1 if record.op.name == "linear" else 1)
-    return QParams(step.float(), qint32, axis=axis)
+    # The channels come before the spatial dimensions, with or without a batch; a linear has none of these.
+    if step.dim() == 0:
+        return QParams(step.float(), qint32)
+    weight: Any = module_of(node).weight
+    return QParams(step.float(), qint32, axis=rank - 1 - (weight.dim() - 2))

@@ -1,13 +1,14 @@
 """Puts a fake quantization behind every planned site and into every module with a weight.
 
-In state FLOAT all of them are the identity, so the graph computes what it did: bit exact. Weights that several modules
-share get one fake quantization, because they are one site.
+In state FLOAT all of them are the identity, so the graph computes what it did: bit exact. A weight that several modules
+share gets one fake quantization, because it is one site, unless they need it in different formats or with scales along
+different dimensions, as a convolution and its transposed twin do.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, TypeAlias, cast
 
 from torch import fx, nn
 
@@ -24,6 +25,8 @@ from qgraph.quantization.observers import make_observer
 
 CONTAINER = "quantizers"
 
+_WeightKey: TypeAlias = tuple[int, QType, str, int]  # id of the tensor, format, observer, dimension of the scales
+
 
 @dataclass(frozen=True)
 class InsertFakeQuant(Pass):
@@ -37,7 +40,7 @@ class InsertFakeQuant(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
-        weights: dict[int, WeightFakeQuantize] = {}
+        weights: dict[_WeightKey, WeightFakeQuantize] = {}
         for node in list(gm.graph.nodes):
             record = info(node)
             if record.weight_plan is not None:
@@ -59,15 +62,15 @@ def _quantize_result(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Edit
         edit.replace_input(user, node, rounded)
 
 
-def _quantize_weight(node: fx.Node, plan: SitePlan, known: dict[int, WeightFakeQuantize], edit: Editor) -> None:
+def _quantize_weight(node: fx.Node, plan: SitePlan, known: dict[_WeightKey, WeightFakeQuantize], edit: Editor) -> None:
     fused = as_fused(module_of(node))
     site = info(node).site
     weight = cast(nn.Parameter, fused.weight)
-    if id(weight) not in known:
-        axis = -1 if not plan.per_channel else 1 if info(node).op in TRANSPOSED else 0
-        observer = make_observer(plan.observer, axis)
-        known[id(weight)] = WeightFakeQuantize(f"{site}.weight", _integer(plan, node), observer)
-    fused.weight_fake_quant = known[id(weight)].eval()
+    axis = -1 if not plan.per_channel else 1 if info(node).op in TRANSPOSED else 0
+    key = (id(weight), _integer(plan, node), plan.observer, axis)
+    if key not in known:
+        known[key] = WeightFakeQuantize(f"{site}.weight", key[1], make_observer(plan.observer, axis))
+    fused.weight_fake_quant = known[key].eval()
     if fused.bias is not None:
         fused.bias_fake_quant = BiasFakeQuantize(f"{site}.bias").eval()
     edit.set_module(str(node.target), fused)

@@ -46,7 +46,7 @@ class LowerToInteger(Pass):
         if self.strict and islands:
             raise QuantizationError(
                 f"{len(islands)} operator(s) stay in float",
-                where="; ".join(f"{where(node)}: {info(node).float_reason}" for node in islands[:8]),
+                where="; ".join(f"{where(node)}: {info(node).float_reason}" for node in islands),
                 why="strict=True allows none",
                 fix="change these operators, move them out of the model, or convert without strict",
             )
@@ -70,7 +70,11 @@ def _lower(node: fx.Node, edit: Editor, context: LoweringContext) -> None:
         lowering = lowering_of(node)
         if lowering is None:
             return
-        lowered = lowering.lower(node, context)
+        try:
+            lowered = lowering.lower(node, context)
+        except QuantizationError as error:
+            error.where = error.where or where(node)
+            raise
         if lowered is node:
             return
         if lowered in node.all_input_nodes:  # a stub between equal scales: nothing to compute

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from tabulate import tabulate
 
+import qgraph
 from qgraph.errors import QGraphError
 from qgraph.pipeline import REGISTRY
 from qgraph.targets import get_target, list_targets
 
 app = typer.Typer(
-    help="Float PyTorch models to bit-exact integer graphs.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Float PyTorch models to bit-exact integer graphs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qgraph {qgraph.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -36,24 +57,44 @@ def passes() -> None:
     """List the passes, with what they need, establish and promise."""
     rows = []
     for name in REGISTRY.names():
-        cls = REGISTRY.get(name)
+        owner = REGISTRY.owner(name)
+        try:
+            cls = REGISTRY.get(name)
+        except QGraphError as error:
+            rows.append((name, f"cannot be loaded: {error.what}", "-", "-", "-", owner))
+            continue
         first_line = (cls.__doc__ or "").strip().splitlines()[0]
-        needs = ", ".join(sorted(cls.requires)) or "-"
-        rows.append((name, first_line, needs, str(cls.keeps), REGISTRY.owner(name)))
-    typer.echo(tabulate(rows, headers=("pass", "what it does", "needs", "outputs", "from")))
+        needs, ensures = (", ".join(sorted(words)) or "-" for words in (cls.requires, cls.ensures))
+        rows.append((name, first_line, needs, ensures, str(cls.keeps), owner))
+    typer.echo(_table(rows, ("pass", "what it does", "needs", "establishes", "outputs stay", "from")))
 
 
 @app.command()
 def targets() -> None:
     """List the targets."""
-    found = [get_target(name) for name in list_targets()]
-    typer.echo(tabulate([(t.name, t.description, len(t.ops)) for t in found], headers=("target", "description", "ops")))
+    rows = []
+    for name in list_targets():
+        try:
+            target = get_target(name)
+            rows.append((name, target.description, str(len(target.ops))))
+        except QGraphError as error:
+            rows.append((name, f"cannot be loaded: {error.what}", "-"))
+    typer.echo(_table(rows, ("target", "description", "operators")))
+
+
+def _table(rows: Sequence[tuple[str, ...]], headers: tuple[str, ...]) -> str:
+    """A table as wide as the terminal: the second column is wrapped to make room for the others."""
+    gap = 2
+    widths = [max(len(row[i]) for row in (headers, *rows)) + gap for i in range(len(headers))]
+    room = shutil.get_terminal_size((200, 24)).columns - sum(widths) + widths[1] - gap
+    limits = [None if i != 1 else max(room, 24) for i in range(len(headers))]
+    return tabulate(rows, headers=headers, maxcolwidths=limits, disable_numparse=True)
 
 
 def main() -> None:
     """Entry point: errors of the user are messages, not tracebacks."""
     try:
-        app()
+        app(prog_name="qgraph")
     except QGraphError as error:
         typer.echo(f"error: {error}", err=True)
         for note in getattr(error, "__notes__", []):

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from qgraph.errors import InternalError
+from qgraph.errors import InternalError, StateError, UserError
 from qgraph.ir.evaluate import call_node, evaluate
-from qgraph.ir.node_info import info
+from qgraph.ir.node_info import graph_info, info, module_of
 from qgraph.ir.op_table import FAKE_QUANT
 from qgraph.numerics import QParams, dequantize
+from qgraph.quantization.fake_quantize import FakeQuantize
+from qgraph.quantization.sites import quantizers, require_prepared
+from qgraph.quantization.states import FakeQuantState
 from qgraph.simulator import Simulator
 
 
@@ -30,6 +33,8 @@ class SiteConsistency:
         format: format of its codes.
         elements: how many elements were compared.
         differing: how many codes differ.
+        near_tie: how many of these differ by one because the float lay next to a rounding boundary: closer than
+            2**(bits - 20) steps, which is what arithmetic with 24 significant bits can move it.
         largest: largest difference in codes (steps of the site).
     """
 
@@ -38,7 +43,13 @@ class SiteConsistency:
     format: str
     elements: int
     differing: int
+    near_tie: int
     largest: int
+
+    @property
+    def unexplained(self) -> int:
+        """Differing elements that float32 arithmetic does not explain."""
+        return self.differing - self.near_tie
 
     @property
     def agreement(self) -> float:
@@ -61,7 +72,12 @@ def compare_sites(
 
     Returns:
         One entry per rounded site, in execution order.
+
+    Raises:
+        StateError: a site of `prepared` is not in state VALIDATION.
+        UserError: the graphs are not what they should be, or `integer` was not made from `prepared` as it is now.
     """
+    _check_graphs(prepared, args)
     named = dict(kwargs or {})
     recorded = Simulator(integer).run(*args, record=True, **named).values
     scales = {info(node).site: info(node).qparams for node in integer.graph.nodes}
@@ -78,19 +94,61 @@ def compare_sites(
         qparams = scales[site]
         if qparams is None:
             raise InternalError(f"site {site} has codes and no scale")
+        if info(node).op is FAKE_QUANT:
+            _check_scale(site, module_of(node), qparams)
         codes = recorded[site]
-        found.append(_compare(source, value, codes, qparams))
+        exact = values[0] if info(node).op is FAKE_QUANT else value
+        found.append(_compare(source, exact, value, codes, qparams))
         return dequantize(codes, qparams)  # downstream sites get what the integer graph gave them
 
     with torch.no_grad():
         evaluate(prepared, args, named, call=call)
+    if not found:
+        raise UserError(
+            "the two graphs have no rounded site in common",
+            where=f"{graph_info(prepared).model} and {graph_info(integer).model}",
+            fix="compare with what qgraph.convert(prepared) returned",
+        )
     return found
 
 
-def _compare(node: fx.Node, simulated: torch.Tensor, codes: torch.Tensor, qparams: QParams) -> SiteConsistency:
+def _check_graphs(prepared: fx.GraphModule, args: object) -> None:
+    gm = require_prepared(prepared, "compare_sites")
+    if not isinstance(args, (tuple, list)):
+        raise UserError(f"args is a {type(args).__name__}", fix="give the model's inputs as a tuple: (x,)")
+    for quantizer in quantizers(gm):
+        if quantizer.state is not FakeQuantState.VALIDATION:
+            raise StateError(
+                f"site {quantizer.site} is in state {quantizer.state}",
+                why="integers agree with what the sites compute in state VALIDATION",
+                fix="call set_fake_quantize(prepared, FakeQuantState.VALIDATION) first",
+            )
+
+
+def _check_scale(site: str, quantizer: nn.Module, qparams: QParams) -> None:
+    if not isinstance(quantizer, FakeQuantize) or not quantizer.qparams().same_as(qparams):
+        raise UserError(
+            f"site {site} has another scale or format in the integer graph",
+            why="the prepared graph was calibrated or trained after convert, or belongs to another model",
+            fix="compare with what qgraph.convert(prepared) returns now",
+        )
+
+
+def _compare(
+    node: fx.Node, exact: torch.Tensor, simulated: torch.Tensor, codes: torch.Tensor, qparams: QParams
+) -> SiteConsistency:
     scale = qparams.shaped(qparams.scale, simulated.dim()).double()
     gap = (torch.round(simulated.double() / scale) - codes.double()).abs()
+    steps = exact.double() / scale
+    to_boundary = (steps - torch.floor(steps) - 0.5).abs()
+    near_tie = (gap == 1) & (to_boundary <= 2.0 ** (qparams.qtype.bits - 20))
     record = info(node)
     return SiteConsistency(
-        record.site, record.op.name, str(qparams.qtype), gap.numel(), int((gap > 0).sum()), int(gap.max().item())
+        site=record.site,
+        op=record.op.name,
+        format=str(qparams.qtype),
+        elements=gap.numel(),
+        differing=int((gap > 0).sum()),
+        near_tie=int(near_tie.sum()),
+        largest=int(gap.max().item()) if gap.numel() else 0,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from qgraph.errors import CaptureError
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
-_IMMUTABLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_IMMUTABLE = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 _TENSOR_TABLES = ("_parameters", "_buffers")
 
 
@@ -33,13 +34,27 @@ def copy_model(model: nn.Module, convert: Convert) -> nn.Module:
     held = [*model.parameters(), *model.buffers(), *(tensor for _, _, tensor in plain_tensors(model))]
     memo: dict[int, Any] = {id(tensor): convert(tensor) for tensor in held}
     try:
-        return _copy_tree(model, memo)
+        clone = _copy_tree(model, memo)
+        for module in clone.modules():
+            _rebind_closures(module, memo)
+        return clone
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied",
             why=f"copy.deepcopy says: {type(error).__name__}: {error}",
             fix="make the model deepcopy-able; computed tensors kept as attributes are the usual obstacle",
         ) from error
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside parallel and compile wrappers, whose own forwards compute nothing."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
 
 
 def shared(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,10 +101,10 @@ def own_tensors(gm: nn.Module, model: nn.Module) -> None:
     borrowed |= {storage_key(tensor) for _, _, tensor in plain_tensors(model)}
     clones: dict[int, torch.Tensor] = {}
     for module in gm.modules():
-        for table in _TENSOR_TABLES:
-            entries = module.__dict__[table]
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for entries in tables:
             for name, tensor in entries.items():
-                if tensor is None or storage_key(tensor) not in borrowed:
+                if not isinstance(tensor, torch.Tensor) or storage_key(tensor) not in borrowed:
                     continue
                 if id(tensor) not in clones:
                     clones[id(tensor)] = with_own_memory(tensor)
@@ -102,45 +117,85 @@ def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if known is not None:
         assert isinstance(known, nn.Module)
         return known
-    children = {name: None if child is None else _copy_tree(child, memo) for name, child in module._modules.items()}
-    clone = _quick_clone(module, children, memo)
-    if clone is None:
-        return copy.deepcopy(module, memo)
-    memo[id(module)] = clone
-    return clone
-
-
-def _quick_clone(module: nn.Module, children: dict[str, nn.Module | None], memo: dict[int, Any]) -> nn.Module | None:
-    """A copy of a module whose own attributes are all plain; None for others."""
+    inner = unwrapped(module)
+    if inner is not module:
+        memo[id(module)] = _copy_tree(inner, memo)
+        return _copy_tree(inner, memo)
     kind = type(module)
     if not kind.__module__.startswith("torch.nn.modules.") and _copies_its_own_way(kind):
-        return None
-    attributes: dict[str, Any] = {}
+        own = copy.deepcopy(module, memo)
+        for name, value in module.__dict__.items():  # which the copies of a GraphModule lack
+            if "_hooks" in name and isinstance(value, dict) and value and not own.__dict__.get(name):
+                own.__dict__[name] = copy.deepcopy(value, memo)
+        return own
+    clone = memo[id(module)] = kind.__new__(kind)  # known before its parts are copied: a child may point back to it
     for name, value in module.__dict__.items():
-        if name in _TENSOR_TABLES:
-            attributes[name] = {key: None if t is None else memo[id(t)] for key, t in value.items()}
-        elif name == "_modules":
-            attributes[name] = children
-        elif isinstance(value, _IMMUTABLE) or (isinstance(value, tuple) and _all_immutable(value)):
-            attributes[name] = value
-        elif isinstance(value, list) and _all_immutable(value):
-            attributes[name] = list(value)
-        elif isinstance(value, torch.Tensor):
-            attributes[name] = memo[id(value)]
-        elif isinstance(value, (dict, set)) and not value:
-            attributes[name] = type(value)() if type(value) in (dict, set, OrderedDict) else copy.copy(value)
-        elif name == "_non_persistent_buffers_set":
-            attributes[name] = set(value)
-        else:
-            return None
-    clone = kind.__new__(kind)
-    clone.__dict__.update(attributes)
+        if name == "_modules":
+            children = {key: None if child is None else _copy_tree(child, memo) for key, child in value.items()}
+            clone.__dict__[name] = children
+        elif name in _TENSOR_TABLES:
+            clone.__dict__[name] = {key: None if t is None else memo[id(t)] for key, t in value.items()}
+        elif name != "_compiled_call_impl":
+            clone.__dict__[name] = _copy_attribute(value, memo)
     return clone
+
+
+def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _IMMUTABLE or (kind is tuple and _all_immutable(value)):
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    plain = not value if kind in (dict, OrderedDict) else kind in (list, set) and _all_immutable(value)
+    if not plain:
+        return copy.deepcopy(value, memo)
+    copied = memo[id(value)] = kind(value)
+    return copied
+
+
+def _rebind_closures(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Lets hooks and other functions kept on a copy see the copies of what they close over.
+
+    `copy.deepcopy` keeps functions as they are: a hook that stores features on its model would go on storing them on
+    the user's.
+    """
+    for name, value in module.__dict__.items():
+        if isinstance(value, FunctionType):
+            module.__dict__[name] = _rebound(value, memo, set())
+        elif isinstance(value, dict) and "_hooks" in name:
+            for key, hook in value.items():
+                if isinstance(hook, FunctionType):
+                    value[key] = _rebound(hook, memo, set())
+
+
+def _rebound(function: FunctionType, memo: dict[int, Any], seen: set[FunctionType]) -> FunctionType:
+    """The function over the copies in `memo`; itself if it closes over nothing that was copied."""
+    if function in seen or not function.__closure__:
+        return function
+    seen.add(function)
+    cells = []
+    for cell in function.__closure__:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # nothing assigned yet
+            cells.append(cell)
+            continue
+        known = _rebound(content, memo, seen) if isinstance(content, FunctionType) else memo.get(id(content), content)
+        cells.append(cell if known is content else CellType(known))
+    if all(new is old for new, old in zip(cells, function.__closure__, strict=True)):
+        return function
+    arguments = function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    bound = FunctionType(function.__code__, *arguments)
+    bound.__kwdefaults__ = function.__kwdefaults__
+    bound.__dict__.update(function.__dict__)
+    return bound
 
 
 def _copies_its_own_way(kind: type[nn.Module]) -> bool:
     return (
         kind.__reduce_ex__ is not object.__reduce_ex__
+        or getattr(kind, "__getstate__", None) is not getattr(nn.Module, "__getstate__", None)
         or kind.__setstate__ is not nn.Module.__setstate__
         or hasattr(kind, "__deepcopy__")
         or hasattr(kind, "__getnewargs__")
@@ -148,4 +203,4 @@ def _copies_its_own_way(kind: type[nn.Module]) -> bool:
 
 
 def _all_immutable(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, _IMMUTABLE) for value in values)
+    return all(type(value) in _IMMUTABLE for value in values)

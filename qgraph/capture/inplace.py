@@ -1,138 +1,343 @@
 """Making in-place operations safe: a graph of values, not of memory.
 
-A write becomes a pure operation when nobody reads the written memory under another name afterwards. A write to a slice
-is written back into the tensor it was cut from. What remains in place is marked, and no rule touches it.
+A storage that the forward writes to is seen as regions: the tensor that came first, slices of it, slices of these.
+Every write becomes a pure operation that gives its region a new value; the value goes into the regions around it by
+`set_item`, and regions that overlap are cut anew when they are read next. Where that is not possible the storage stays
+as it is, with all its writes: its nodes are marked, and no rule touches them.
 """
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from qgraph.capture.recorder import Recording, Write
+from qgraph.capture.pure import Change, pure_form
+from qgraph.capture.recording import Recording, Write
+from qgraph.capture.spelling import name_of
 from qgraph.ir import functional as QF
 from qgraph.ir.editor import node_name
 from qgraph.ir.node_info import NodeInfo, info, set_info
-from qgraph.ir.op_table import COPY_TO, SET_ITEM, SLICE
+from qgraph.ir.op_table import OPAQUE, SET_ITEM, SIZE, SLICE
 from qgraph.ir.values import TensorSpec
 
 
+@dataclass(eq=False)
+class _Region:
+    """A part of a storage that tensors show.
+
+    Args:
+        storage: the storage.
+        parent: the region it was cut from; None for the whole.
+        view: the node that cut it.
+        source: the node it was cut from.
+        value: the node whose value it holds now.
+        stale: whether it was written to through another region since.
+        version: how often its value has changed.
+    """
+
+    storage: _Storage
+    parent: _Region | None
+    view: fx.Node
+    source: fx.Node | None
+    value: fx.Node
+    stale: bool = False
+    version: int = 0
+
+    def outwards(self) -> Iterator[_Region]:
+        """The regions around it, innermost first."""
+        region = self.parent
+        while region is not None:
+            yield region
+            region = region.parent
+
+
+@dataclass
+class _Storage:
+    """A storage that is written to: its regions, and the nodes that show them.
+
+    Args:
+        key: its identity; negative for what follows a write after which nobody reads older values: made pure, that
+            write gives memory of its own, whatever becomes of later writes.
+        before: the storage that such a write is the last one to.
+    """
+
+    key: int
+    before: _Storage | None = None
+    regions: list[_Region] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    blocked: bool = False
+
+
 class InPlaceRemover:
-    """Works through one recording's writes in execution order."""
+    """Works through one recording in execution order."""
 
     def __init__(self, root: nn.Module, recording: Recording) -> None:
         self.root = root
         self.recording = recording
-        self.position = {node: index for index, node in enumerate(recording.graph.nodes)}
-        self.pure_modules: set[int] = set()
-        self.aliases: dict[int, list[fx.Node]] = defaultdict(list)
-        for node, storage in recording.storages.items():
-            self.aliases[storage].append(node)
+        self.storages: dict[int, _Storage] = {}
+        self.writes: dict[fx.Node, list[Write]] = defaultdict(list)
+        self.region: dict[fx.Node, _Region] = {}
+        self.version: dict[fx.Node, int] = {}
+        self.forms: dict[fx.Node, Change] = {}
+        self.added: list[fx.Node] = []
+        self.keys = dict(recording.storages)
+        self.order = {node: position for position, node in enumerate(recording.graph.nodes)}
+        for write in recording.writes:
+            self.writes[write.node].append(write)
+            self.storages.setdefault(write.storage, _Storage(write.storage)).writes.append(write)
 
     def run(self) -> None:
         """Rewrites the recording's graph."""
-        for write in self.recording.writes:
-            if not self._remove(write):
-                for node in self.aliases[write.storage]:
-                    set_info(node, replace(info(node), unstable=True))
+        if not self.storages:
+            return
+        self._find_nodes()
+        for storage in list(self.storages.values()):
+            if storage.key and storage.key not in self.recording.state:
+                self._cut(storage)
+        for node in self.recording.graph.nodes:
+            found = self.storages.get(self.keys.get(node, 0))
+            if found is not None:
+                self._find_region(found, node)
+        self._block()
+        self.recording.reads_layout |= self._sharing_depends_on_layout()
+        for node in list(self.recording.graph.nodes):
+            self._rewrite(node)
+        for node in reversed(self.added):
+            if not node.users:
+                self.recording.graph.erase_node(node)
+        for storage in self.storages.values():
+            if storage.blocked:
+                self._leave(storage)
 
-    def _remove(self, write: Write) -> bool:
+    # --- what there is -------------------------------------------------------------------------------------
+
+    def _find_nodes(self) -> None:
+        for node in self.recording.graph.nodes:
+            storage = self.storages.get(self.keys.get(node, 0))
+            if storage is not None:
+                storage.nodes.append(node)
+
+    def _cut(self, storage: _Storage) -> None:
+        """Divides a storage at writes after which nobody reads what came before."""
+        last_read = 0
+        for position, node in enumerate(storage.nodes):
+            here = self.order[node]
+            writes = self.writes.get(node, ())
+            whole = bool(position) and self.recording.layouts[node] == self.recording.layouts[storage.nodes[0]]
+            if whole and len(writes) == 1 and last_read <= here:
+                self._divide(storage, position, writes[0])
+                return
+            last_read = max(last_read, *(self.order[user] for user in node.users), 0)
+
+    def _divide(self, storage: _Storage, position: int, write: Write) -> None:
+        rest = _Storage(-1 - len(self.storages), storage)
+        self.storages[rest.key] = rest
+        rest.nodes, storage.nodes = storage.nodes[position:], storage.nodes[:position]
+        self.keys.update(dict.fromkeys(rest.nodes, rest.key))
+        last = storage.writes.index(write) + 1
+        later, storage.writes = storage.writes[last:], storage.writes[:last]
+        rest.writes = [replace(one, storage=rest.key) for one in later]
+        for old, new in zip(later, rest.writes, strict=True):
+            self.writes[old.node] = [new if one is old else one for one in self.writes[old.node]]
+        self._cut(rest)
+
+    def _find_region(self, storage: _Storage, node: fx.Node) -> None:
+        own = [write.target for write in self.writes.get(node, ()) if write.storage == storage.key]
+        if own:
+            found = self.region.get(own[0])
+            if found is not None:
+                self.region[node] = found
+            return
+        aliases = [other for other in node.all_input_nodes if other in self.region and self._stored(other, storage)]
+        layouts = self.recording.layouts
+        if aliases and layouts.get(aliases[0]) == layouts[node]:
+            self.region[node] = self.region[aliases[0]]
+        elif aliases or not storage.regions:
+            parent, source = (self.region[aliases[0]], aliases[0]) if aliases else (None, None)
+            self.region[node] = region = _Region(storage, parent, node, source, node)
+            storage.regions.append(region)
+        else:
+            storage.blocked = True  # shows the memory in a way that cannot be followed
+
+    def _sharing_depends_on_layout(self) -> bool:
+        """Whether other values see a write, or do not, because a call like `contiguous` did not copy, or did."""
+        order, storages = self.order, self.recording.storages
+        writes: dict[int, list[int]] = defaultdict(list)
+        last_read: dict[int, int] = {}
+        for write in self.recording.writes:
+            writes[write.storage].append(order[write.node])
+        for node, storage in storages.items():
+            last_read[storage] = max([last_read.get(storage, -1), *(order[user] for user in node.users)])
+        for node in self.recording.graph.nodes:
+            own = storages.get(node)
+            if own is None or not _may_copy(self.root, node):
+                continue
+            other = storages.get(node.all_input_nodes[0], own)
+            for written, seen in ((own, other), (other, own)):
+                later = [place for place in writes.get(written, ()) if place > order[node]]
+                if later and (own == other or last_read[seen] > later[0]):
+                    return True
+        return False
+
+    def _stored(self, node: fx.Node, storage: _Storage) -> bool:
+        return self.keys.get(node) == storage.key
+
+    def _block(self) -> None:
+        """Finds the storages that must stay; a write or a module that serves several ties them together."""
+        for storage in self.storages.values():
+            storage.blocked |= (
+                storage.key == 0
+                or storage.key in self.recording.state
+                or not all(self._can_be_pure(write) for write in storage.writes)
+            )
+        ties = self._ties()
+        pieces = [storage for storage in self.storages.values() if storage.before is not None]
+        changed = True
+        while changed:
+            changed = False
+            for piece in pieces:
+                if piece.before is not None and piece.before.blocked and not piece.blocked:
+                    changed = piece.blocked = True
+            for tied in ties:
+                if any(storage.blocked for storage in tied) and not all(storage.blocked for storage in tied):
+                    changed = True
+                    for storage in tied:
+                        storage.blocked = True
+
+    def _ties(self) -> list[list[_Storage]]:
+        by_module: dict[int, list[_Storage]] = defaultdict(list)
+        for node, writes in self.writes.items():
+            if node.op == "call_module":
+                module = self.root.get_submodule(str(node.target))
+                by_module[id(module)] += [self.storages[write.storage] for write in writes]
+        return [*by_module.values()]
+
+    def _can_be_pure(self, write: Write) -> bool:
         node, target = write.node, _written_operand(write)
-        if write.storage in self.recording.state or write.storage == 0 or target is None:
+        if target is None or len(self.writes[node]) > 1 or self.region.get(target) is not self.region.get(write.target):
             return False
-        chain = self._views_up_to_base(target)
-        outside = [
-            other
-            for other in self.aliases[write.storage]
-            if self.position[other] < self.position[node] and other not in chain and self._read_after(other, node)
-        ]
-        if outside or not self._same_dtype(node, target) or not self._make_pure(node):
+        region = self.region.get(target)
+        if region is None or not all(_is_slice(inner) for inner in (region, *region.outwards()) if inner.parent):
             return False
-        set_info(node, replace(info(node), in_place=False))
-        self._redirect(target, node, after=node)
-        self._write_back(chain, node)
+        form = pure_form(self.root, node, target)
+        if form is None or not self._same_layout(node, target, region):
+            return False
+        self.forms[node] = form
         return True
 
-    def _views_up_to_base(self, node: fx.Node) -> list[fx.Node]:
-        """The node, the tensor it is a slice of, and so on, while slices are plain indexing."""
-        chain = [node]
-        while info(chain[-1]).op is SLICE and isinstance(chain[-1].args[0], fx.Node):
-            parent = chain[-1].args[0]
-            if self.recording.storages.get(parent) != self.recording.storages.get(node):
-                break
-            chain.append(parent)
-        return chain
-
-    def _write_back(self, chain: list[fx.Node], value: fx.Node) -> None:
-        graph, last = self.recording.graph, value
-        for view, base in pairwise(chain):
-            if not self._read_after(base, value):
-                continue
-            record = info(base)
-            with graph.inserting_after(last):
-                updated = graph.create_node(
-                    "call_function", QF.set_item, (base, view.args[1], last), {}, name=node_name(f"{base.name}_updated")
-                )
-            set_info(updated, NodeInfo(SET_ITEM, updated.name, record.module, info(value).source, record.value))
-            self.position[updated] = self.position[value]
-            self._register(updated, base)
-            self._redirect(base, updated, after=value)
-            last = updated
-
-    def _redirect(self, old: fx.Node, new: fx.Node, *, after: fx.Node) -> None:
-        limit = self.position[after]
-        for user in list(old.users):
-            if user is not new and self.position[user] > limit:
-                user.replace_input_with(old, new)
-
-    def _register(self, new: fx.Node, like: fx.Node) -> None:
-        storage = self.recording.storages.get(like, 0)
-        self.recording.storages[new] = storage
-        self.aliases[storage].append(new)
-
-    def _read_after(self, node: fx.Node, moment: fx.Node) -> bool:
-        return any(self.position[user] > self.position[moment] for user in node.users)
-
-    def _same_dtype(self, node: fx.Node, target: fx.Node) -> bool:
-        """A pure operation promotes dtypes where an in-place one keeps its own."""
-        own = info(target).value
-        specs = [info(operand).value for operand in node.all_input_nodes]
-        tensors = [spec for spec in specs if isinstance(spec, TensorSpec) and spec.shape]
-        if not isinstance(own, TensorSpec) or info(node).op in (SET_ITEM, COPY_TO):
-            return isinstance(own, TensorSpec)
-        return all(spec.dtype in (own.dtype, torch.bool) for spec in tensors)
-
-    def _make_pure(self, node: fx.Node) -> bool:
-        """Gives the node the out-of-place spelling; False where there is none."""
-        if node.op == "call_module":
-            return self._make_module_pure(self.root.get_submodule(str(node.target)))
-        if "out" in node.kwargs:
-            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+    def _same_layout(self, node: fx.Node, target: fx.Node, region: _Region) -> bool:
+        """Whether the write leaves the tensor's shape as it was; a whole tensor may be given a new one by `out=`."""
+        layouts = self.recording.layouts
+        if node not in layouts or layouts[node] == layouts[target]:
             return True
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-            return True
-        if node.op == "call_method":
-            return _pure_method(node, str(node.target))
-        if node.target is operator.setitem:
-            node.target = QF.set_item
-            base = node.args[0]
-            value = info(base).value if isinstance(base, fx.Node) else None
-            set_info(node, replace(info(node), op=SET_ITEM, value=value))
-            return True
-        return _pure_function(node)
+        alone = region.parent is None and len(region.storage.regions) == 1
+        return "out" in node.kwargs and alone
 
-    def _make_module_pure(self, module: nn.Module) -> bool:
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
-            self.pure_modules.add(id(module))
-        return id(module) in self.pure_modules
+    # --- what becomes of it --------------------------------------------------------------------------------
+
+    def _rewrite(self, node: fx.Node) -> None:
+        if info(node).op is SIZE:  # sizes do not change
+            return
+        for used in node.all_input_nodes:
+            region = self._live_region(used)
+            if region is not None and (region.stale or region.version != self.version[used]):
+                node.replace_input_with(used, self._fresh(region, node))
+        writes = self.writes.get(node, ())
+        region = self._live_region(writes[0].target if writes else node)
+        if region is None:
+            return
+        if writes:
+            own = self.region.get(node)
+            self._write(node, region)
+            if own is not None and own.view is node:  # the first value of what follows this write
+                self.region[node], self.version[node] = own, own.version
+        elif region.view is node:
+            region.source = node.args[0] if region.parent is not None and isinstance(node.args[0], fx.Node) else None
+            self.version[node] = region.version
+        else:  # the same tensor under another name
+            region.value = node
+            self.version[node] = region.version
+
+    def _live_region(self, node: fx.Node) -> _Region | None:
+        region = self.region.get(node)
+        return None if region is None or region.storage.blocked else region
+
+    def _fresh(self, region: _Region, user: fx.Node) -> fx.Node:
+        """The node that holds the region's value now, cut anew from the region around it if need be."""
+        if not region.stale:
+            return region.value
+        assert region.parent is not None
+        source, whole = region.source, self._fresh(region.parent, user)
+        with self.recording.graph.inserting_before(user):
+            node = self.recording.graph.node_copy(region.view, lambda old: whole if old is source else old)
+        set_info(node, replace(info(region.view), site=node.name))
+        self._hold(region, node)
+        self.added.append(node)
+        return node
+
+    def _hold(self, region: _Region, node: fx.Node) -> None:
+        region.value, region.stale = node, False
+        region.version += 1
+        self.region[node] = region
+        self.version[node] = region.version
+
+    def _write(self, node: fx.Node, region: _Region) -> None:
+        around = [(outer, self._fresh(outer, node)) for outer in region.outwards()]
+        self.forms[node]()
+        value = info(node).value
+        value = value if isinstance(value, TensorSpec) else info(region.value).value  # `x[0] = y` gives None
+        set_info(node, replace(info(node), in_place=False, value=value))
+        held = {region}
+        self._hold(region, node)
+        inner, last = region, node
+        for outer, whole in around:
+            last = self._set(whole, inner.view.args[1], last, node)
+            self._hold(outer, last)
+            held.add(outer)
+            inner = outer
+        for other in region.storage.regions:
+            other.stale |= other not in held
+
+    def _set(self, whole: fx.Node, index: Any, part: fx.Node, write: fx.Node) -> fx.Node:
+        graph, record = self.recording.graph, info(whole)
+        with graph.inserting_after(part):
+            name = node_name(f"{whole.name}_updated")
+            node = graph.create_node("call_function", QF.set_item, (whole, index, part), {}, name=name)
+        set_info(node, NodeInfo(SET_ITEM, node.name, record.module, info(write).source, record.value))
+        self.added.append(node)
+        return node
+
+    def _leave(self, storage: _Storage) -> None:
+        """Marks what stays in memory; a constant is copied, or the next run would find it changed."""
+        for node in storage.nodes:
+            set_info(node, replace(info(node), unstable=True))
+            if node.op == "get_attr" and str(node.target) in self.recording.constants:
+                with self.recording.graph.inserting_after(node):
+                    copy = self.recording.graph.create_node("call_function", torch.clone, (node,), {})
+                set_info(copy, replace(info(node), op=OPAQUE, site=copy.name))
+                for user in list(node.users):
+                    if user is not copy:
+                        user.replace_input_with(node, copy)
+
+
+def _may_copy(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the call shows its operand's memory or copies it, as that happens to lie."""
+    if node.op == "call_module":
+        return isinstance(root.get_submodule(str(node.target)), nn.Flatten)
+    return (node.target if isinstance(node.target, str) else name_of(node.target)) in _MAY_COPY
+
+
+_MAY_COPY = frozenset({"contiguous", "reshape", "reshape_as", "flatten", "ravel"})
+
+
+def _is_slice(region: _Region) -> bool:
+    return info(region.view).op is SLICE
 
 
 def _written_operand(write: Write) -> fx.Node | None:
@@ -141,40 +346,3 @@ def _written_operand(write: Write) -> fx.Node | None:
         return out
     first = write.node.args[0] if write.node.args else None
     return first if isinstance(first, fx.Node) else None
-
-
-def _pure_method(node: fx.Node, name: str) -> bool:
-    if name == "copy_":
-        node.op, node.target = "call_function", QF.copy_to
-        node.args, node.kwargs = node.args[:2], {}
-        return True
-    if name in ("zero_", "fill_"):
-        value = node.args[1] if name == "fill_" else 0
-        if isinstance(value, fx.Node):
-            return False
-        node.op, node.target = "call_function", torch.full_like
-        node.args = (node.args[0], value)
-        return True
-    plain = name.rstrip("_") if not name.startswith("__") else name.replace("__i", "__", 1)
-    if not name.endswith("_") or not hasattr(torch.Tensor, plain):
-        return False
-    node.target = plain
-    return True
-
-
-def _pure_function(node: fx.Node) -> bool:
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[1]
-        packet = getattr(getattr(torch.ops, target.namespace), name.rstrip("_"), None)
-        overload = getattr(packet, target._overloadname, None)
-        if not name.endswith("_") or overload is None:
-            return False
-        node.target = overload
-        return True
-    name = getattr(target, "__name__", "")
-    for namespace in (torch, torch.nn.functional):
-        if name.endswith("_") and getattr(namespace, name, None) is target and hasattr(namespace, name[:-1]):
-            node.target = getattr(namespace, name[:-1])
-            return True
-    return False

@@ -25,7 +25,7 @@ _CONTAINERS = (
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )
-_LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "torch.ao.quantization.", "qgraph.nn.")
+_LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "torch.ao.quantization.", "qgraph.nn.", "qgraph.capture.guard")
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,32 @@ class LeafRule:
         return kind.__module__.startswith(_LEAF_PACKAGES) and not isinstance(module, _CONTAINERS) and _plain(module)
 
 
-def leaf_rule(model: nn.Module, chosen: Iterable[type[nn.Module] | str]) -> LeafRule:
-    """The rule for the user's `leaf_modules`: classes, or paths of the model's modules.
+LeafChoice = type[nn.Module] | str
+
+
+def leaf_rule(model: nn.Module, chosen: Iterable[LeafChoice] | LeafChoice) -> LeafRule:
+    """The rule for the user's `leaf_modules`: classes, or paths of the model's modules, one or several.
 
     Raises:
-        UserError: a path names no module of the model.
+        UserError: an entry is neither, or a path names no module of the model.
     """
-    classes = tuple(entry for entry in chosen if not isinstance(entry, str))
-    paths = frozenset(entry for entry in chosen if isinstance(entry, str))
-    known = {path for path, _ in model.named_modules() if path}
-    for path in sorted(paths - known):
-        raise UserError(f"leaf_modules names {path!r}, which is no module of the model", fix=did_you_mean(path, known))
-    for entry in classes:
-        if not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+    single = isinstance(chosen, (str, type, nn.Module)) or not isinstance(chosen, Iterable)
+    classes: list[type[nn.Module]] = []
+    paths: set[str] = set()
+    first_paths = {id(module): path for path, module in model.named_modules()}
+    known = {path: first_paths[id(module)] for path, module in model.named_modules(remove_duplicate=False) if path}
+    for entry in [chosen] if single else chosen:  # type: ignore[union-attr]
+        if isinstance(entry, str):
+            if entry not in known:
+                raise UserError(
+                    f"leaf_modules names {entry!r}, which is no module of the model", fix=did_you_mean(entry, known)
+                )
+            paths.add(known[entry])
+        elif isinstance(entry, type) and issubclass(entry, nn.Module):
+            classes.append(entry)
+        else:
             raise UserError(f"leaf_modules holds {entry!r}", fix="give module classes or module paths")
-    return LeafRule(classes, paths)
+    return LeafRule(tuple(classes), frozenset(paths))
 
 
 def _plain(module: nn.Module) -> bool:

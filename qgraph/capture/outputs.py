@@ -1,62 +1,84 @@
 """The graph's output: the structure the model returned, built again by the graph.
 
-Tuples, lists and dicts are part of fx's output argument. Dataclasses, named tuples and other mappings are rebuilt by a
-node that calls their class.
+Tuples, lists and dicts are part of fx's output argument. Other containers are rebuilt by a node that calls their class.
 """
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from qgraph.capture.sizes import is_tracked
 from qgraph.capture.structure import (
-    dataclass_items,
+    emptied,
     is_dataclass_value,
-    is_named_tuple,
+    parts,
     rebuild_dataclass,
-    rebuild_named_tuple,
+    rebuild_like,
+    rebuild_mapping,
+    rebuild_sequence,
 )
-from qgraph.errors import CaptureError
+from qgraph.errors import CaptureError, UserError
 from qgraph.ir.editor import node_name
 from qgraph.ir.node_info import NodeInfo, set_info
 from qgraph.ir.op_table import REBUILD
 
-_PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+# By exact type: the text of a subclass's value, such as that of an IntEnum, is no Python code.
+_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
 
 
-def output_argument(graph: fx.Graph, value: Any, node_of: Callable[[torch.Tensor], fx.Node]) -> Any:
+def output_argument(
+    graph: fx.Graph, value: Any, node_of: Callable[[Any], fx.Node], kinds: tuple[type[Any], ...] = (torch.Tensor,)
+) -> Any:
     """`value` as an argument of the output node.
+
+    Args:
+        node_of: the node that stands for a value of one of `kinds`.
 
     Raises:
         CaptureError: a value that no graph can return.
     """
 
     def build(entry: Any) -> Any:
-        if isinstance(entry, torch.Tensor):
+        if isinstance(entry, kinds):
             return node_of(entry)
-        if is_dataclass_value(entry):
-            items = {name: build(part) for name, part in dataclass_items(entry)}
-            return _rebuild(graph, _DataclassBuilder(type(entry)), items)
-        if isinstance(entry, Mapping):
-            items = {key: build(part) for key, part in entry.items()}
-            return items if type(entry) is dict else _rebuild(graph, _MappingBuilder(type(entry)), items)
-        if is_named_tuple(entry):
-            return _rebuild(graph, _TupleBuilder(type(entry)), {"values": tuple(map(build, entry))})
-        if isinstance(entry, (tuple, list)):
-            parts = [build(part) for part in entry]
-            return parts if isinstance(entry, list) else tuple(parts)
-        if isinstance(entry, _PLAIN):
+        if isinstance(entry, torch.Size):
+            return _rebuild(graph, _SequenceBuilder(torch.Size), {"values": tuple(entry)})
+        found = parts(entry)
+        if found is None:
+            if type(entry) not in _PLAIN and not is_tracked(entry):
+                raise _refusal(entry)
             return entry
-        raise CaptureError(
-            f"the model returns a {type(entry).__name__}, which a graph cannot rebuild",
-            why="outputs may be tensors, numbers, None, tuples, lists, dicts, named tuples and dataclasses of these",
-            fix="return such a structure, or wrap the model in one that does",
-        )
+        built = [build(part) for _, part in found]
+        kind = type(entry)
+        if kind in (tuple, list):
+            return kind(built)
+        keys = [key for (_, key), _ in found]
+        if isinstance(entry, Mapping) and not all(map(_plain_key, keys)):
+            raise _refusal(entry, "one of its keys is no plain value")
+        if kind is dict:
+            return dict(zip(keys, built, strict=True))
+        return _built_container(graph, entry, keys, built)
 
     return build(value)
+
+
+def _built_container(graph: fx.Graph, value: Any, keys: list[Any], built: list[Any]) -> fx.Node:
+    try:
+        rebuild_like(value, [part for _, part in parts(value) or ()])
+    except UserError as error:
+        raise _refusal(value, error.why) from error
+    if is_dataclass_value(value):
+        return _rebuild(graph, _DataclassBuilder(type(value)), dict(zip(keys, built, strict=True)))
+    if not isinstance(value, Mapping):
+        return _rebuild(graph, _SequenceBuilder(type(value)), {"values": tuple(built)})
+    if all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in keys):
+        return _rebuild(graph, _MappingBuilder(type(value), emptied(value)), dict(zip(keys, built, strict=True)))
+    return _rebuild(graph, _PairsBuilder(type(value), emptied(value)), {"keys": tuple(keys), "values": tuple(built)})
 
 
 class _Builder:
@@ -76,23 +98,42 @@ class _DataclassBuilder(_Builder):
         return rebuild_dataclass(self.kind, items)
 
 
-class _MappingBuilder(_Builder):
-    def __call__(self, **items: Any) -> Any:
-        return self.kind(items)
-
-
-class _TupleBuilder(_Builder):
+class _SequenceBuilder(_Builder):
     def __call__(self, values: tuple[Any, ...]) -> Any:
-        return rebuild_named_tuple(self.kind, values)
+        return rebuild_sequence(self.kind, values)
 
 
-def _rebuild(graph: fx.Graph, builder: Callable[..., Any], items: dict[Any, Any]) -> fx.Node:
-    if not all(isinstance(key, str) for key in items):
-        raise CaptureError(
-            "the model returns a mapping whose keys are not strings",
-            fix="return a plain dict",
-        )
+class _MappingBuilder(_Builder):
+    def __init__(self, kind: type[Any], shell: Mapping[Any, Any]) -> None:
+        super().__init__(kind)
+        self.shell = shell
+
+    def __call__(self, **items: Any) -> Any:
+        return rebuild_mapping(self.shell, items.items())
+
+
+class _PairsBuilder(_MappingBuilder):
+    """For keys that are no names of arguments."""
+
+    def __call__(self, *, keys: tuple[Any, ...], values: tuple[Any, ...]) -> Any:  # type: ignore[override]
+        return rebuild_mapping(self.shell, zip(keys, values, strict=True))
+
+
+def _rebuild(graph: fx.Graph, builder: Callable[..., Any], items: dict[str, Any]) -> fx.Node:
     name = getattr(builder, "__name__", "rebuild")
     node = graph.create_node("call_function", builder, (), items, name=node_name(name))
     set_info(node, NodeInfo(REBUILD, node.name))
     return node
+
+
+def _plain_key(key: Any) -> bool:
+    return all(map(_plain_key, key)) if type(key) is tuple else type(key) in _PLAIN
+
+
+def _refusal(value: Any, reason: str | None = None) -> CaptureError:
+    allowed = "outputs may be tensors, numbers, None, tuples, lists, dicts, named tuples and dataclasses of these"
+    return CaptureError(
+        f"the model returns a {type(value).__name__}, which a graph cannot rebuild",
+        why=reason or allowed,
+        fix="return such a structure, or wrap the model in one that does" if reason is None else allowed,
+    )

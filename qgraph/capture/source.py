@@ -1,4 +1,4 @@
-"""Finding the user's line: the innermost frame outside torch and outside qgraph."""
+"""Finding the user's line: the innermost frame outside torch, qgraph and Python's own library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import qgraph
 from qgraph.ir.node_info import SourceLine
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(str(module.__file__))) + os.sep for module in (torch, qgraph))
+_PYTHON = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 _MODELS = (os.path.join(_LIBRARIES[1], "demo") + os.sep,)
+_TYPED = ("<stdin>", "<python-input", "<ipython-input")  # code typed into an interpreter
 _is_user_file: dict[str, bool] = {}
 
 
@@ -23,6 +25,14 @@ def user_frame() -> FrameType | None:
     while frame is not None and not is_user_code(frame.f_code):
         frame = frame.f_back
     return frame
+
+
+def calling_file() -> str:
+    """File of the innermost frame outside torch and qgraph; Python's own library counts."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return frame.f_code.co_filename if frame is not None else ""
 
 
 def user_line() -> SourceLine | None:
@@ -46,7 +56,7 @@ def functional_module() -> tuple[nn.Module, str] | None:
 
 
 def is_user_code(code: CodeType) -> bool:
-    """Whether code belongs neither to torch nor to qgraph (whose demo models count as user code)."""
+    """Whether code belongs neither to Python, torch nor qgraph (whose demo models count as user code)."""
     return is_user_file(code.co_filename)
 
 
@@ -55,5 +65,7 @@ def is_user_file(name: str) -> bool:
     known = _is_user_file.get(name)
     if known is None:
         library = name.startswith(_LIBRARIES) and not name.startswith(_MODELS)
-        known = _is_user_file[name] = not library and not name.startswith("<")
+        library |= name.startswith(_PYTHON) and "-packages" not in name
+        generated = name.startswith("<") and not name.startswith(_TYPED)
+        known = _is_user_file[name] = not library and not generated
     return known

@@ -1,13 +1,15 @@
 """Nested inputs and outputs: walking them, taking them apart in a graph, and building them again.
 
-Containers are tuples, named tuples, lists, dicts (and other mappings) and dataclasses; everything else is a leaf.
+Containers are tuples, named tuples, lists, mappings and dataclasses; everything else is a leaf.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import keyword
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from torch import nn
 from qgraph.errors import UserError
 from qgraph.ir.node_info import ExampleInputs
 
-Path = tuple[tuple[str, Any], ...]
+Step = tuple[str, Any]
+Path = tuple[Step, ...]
+Inputs = dict[str, Any]
 
 
 def as_example(example_inputs: object) -> ExampleInputs:
@@ -43,8 +47,8 @@ def as_example(example_inputs: object) -> ExampleInputs:
     )
 
 
-def bind_to_forward(model: nn.Module, example: ExampleInputs) -> dict[str, Any]:
-    """Parameter name to value, in the order of the model's forward.
+def bind_to_forward(model: nn.Module, example: ExampleInputs) -> Inputs:
+    """A name for every argument, in the order of the model's forward; positional arguments come first.
 
     Raises:
         UserError: the arguments do not fit the signature.
@@ -53,61 +57,81 @@ def bind_to_forward(model: nn.Module, example: ExampleInputs) -> dict[str, Any]:
     try:
         bound = signature.bind(*example.args, **example.kwargs)
     except TypeError as error:
-        raise UserError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}",
-            why=str(error),
-            fix="pass a tuple of positional arguments or a dict of keyword arguments",
-        ) from error
-    inputs: dict[str, Any] = {}
+        raise _misfit(f"{type(model).__name__}.forward{signature}", str(error)) from error
+    taken = signature.parameters.keys() | example.kwargs.keys()
+    inputs: Inputs = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            inputs.update({f"{name}_{position}": entry for position, entry in enumerate(value)})
+            inputs.update({_free_name(f"{name}_{place}", taken): entry for place, entry in enumerate(value)})
         elif kind is inspect.Parameter.VAR_KEYWORD:
+            for key in value:
+                if key in inputs or not key.isidentifier() or keyword.iskeyword(key):
+                    raise _misfit(f"{type(model).__name__}.forward{signature}", f"{key!r} cannot name an input")
             inputs.update(value)
         else:
             inputs[name] = value
     return inputs
 
 
-def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with every leaf replaced by `function(leaf)`; containers keep their types."""
-    if isinstance(value, torch.Size):
-        return function(value)
-    if isinstance(value, tuple):
-        entries = [map_leaves(function, entry) for entry in value]
-        return rebuild_named_tuple(type(value), entries) if is_named_tuple(value) else tuple(entries)
-    if isinstance(value, list):
-        return [map_leaves(function, entry) for entry in value]
+def parts(value: Any) -> list[tuple[Step, Any]] | None:
+    """The parts of a container, each with the step to it; None for a leaf."""
+    if isinstance(value, (torch.Tensor, torch.Size)):
+        return None
     if is_dataclass_value(value):
-        return rebuild_dataclass(
-            type(value), {name: map_leaves(function, entry) for name, entry in dataclass_items(value)}
-        )
+        return [(("field", name), entry) for name, entry in dataclass_items(value)]
     if isinstance(value, Mapping):
-        entries_by_key = {key: map_leaves(function, entry) for key, entry in value.items()}
-        return entries_by_key if type(value) is dict else _same_mapping(value, entries_by_key)
-    return function(value)
+        return [(("item", key), entry) for key, entry in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [(("item", position), entry) for position, entry in enumerate(value)]
+    return None
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every leaf with the way to it: `("item", key)` and `("field", name)` steps."""
-    if isinstance(value, torch.Size):
+    found = parts(value)
+    if found is None:
         yield path, value
-    elif is_dataclass_value(value):
-        for name, entry in dataclass_items(value):
-            yield from leaves(entry, (*path, ("field", name)))
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from leaves(entry, (*path, ("item", key)))
-    elif isinstance(value, (tuple, list)):
-        for position, entry in enumerate(value):
-            yield from leaves(entry, (*path, ("item", position)))
-    else:
-        yield path, value
+        return
+    for step, entry in found:
+        yield from leaves(entry, (*path, step))
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with every leaf replaced by `function(leaf)`; containers keep their types.
+
+    Raises:
+        UserError: a container's class cannot be built from its parts.
+    """
+    found = parts(value)
+    if found is None:
+        return function(value)
+    return rebuild_like(value, [map_leaves(function, entry) for _, entry in found])
+
+
+def rebuild_like(value: Any, entries: Sequence[Any]) -> Any:
+    """A container like `value` with other parts, in the order of `parts(value)`.
+
+    Raises:
+        UserError: its class cannot be built from its parts.
+    """
+    try:
+        if is_dataclass_value(value):
+            names = [name for name, _ in dataclass_items(value)]
+            return rebuild_dataclass(type(value), dict(zip(names, entries, strict=True)))
+        if isinstance(value, Mapping):
+            return rebuild_mapping(emptied(value), zip(value, entries, strict=True))
+        return rebuild_sequence(type(value), entries)
+    except Exception as error:
+        raise UserError(
+            f"a {type(value).__name__} cannot be built again from its parts",
+            why=f"{type(error).__name__}: {error}",
+            fix="use a dict, list, tuple, named tuple or dataclass that takes its fields as arguments",
+        ) from error
 
 
 def follow(value: Any, path: Path) -> Any:
-    """The leaf at `path`."""
+    """The part at `path`."""
     for step, key in path:
         value = value[key] if step == "item" else getattr(value, key)
     return value
@@ -121,17 +145,6 @@ def format_path(name: str, path: Path) -> str:
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors in a nested value, in order."""
     return [leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def is_named_tuple(value: object) -> bool:
-    """Whether `value` is a named tuple or one of torch's return types, such as that of `max`."""
-    kind = type(value)
-    return isinstance(value, tuple) and (hasattr(kind, "_make") or hasattr(kind, "n_sequence_fields"))
-
-
-def rebuild_named_tuple(kind: type[Any], entries: Sequence[Any]) -> Any:
-    """An instance of the named tuple or return type `kind`."""
-    return kind(*entries) if hasattr(kind, "_make") else kind(entries)
 
 
 def is_dataclass_value(value: object) -> bool:
@@ -148,20 +161,48 @@ def dataclass_items(value: Any) -> list[tuple[str, Any]]:
 
 
 def rebuild_dataclass(kind: type[Any], items: Mapping[str, Any]) -> Any:
-    """An instance of the dataclass `kind` with the given fields; fields without an `__init__` parameter are set."""
+    """An instance of the dataclass `kind` with the given fields, whatever its `__post_init__` makes of them."""
     takes = {field.name for field in dataclasses.fields(kind) if field.init}
     instance = kind(**{name: value for name, value in items.items() if name in takes})
     for name, value in items.items():
-        if name not in takes:
+        if getattr(instance, name, None) is not value:
             object.__setattr__(instance, name, value)
     return instance
 
 
-def _same_mapping(value: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
-    try:
-        return type(value)(entries)  # type: ignore[call-arg]
-    except TypeError as error:
-        raise UserError(
-            f"a {type(value).__name__} cannot be rebuilt from a dict",
-            fix="use a dict, list, tuple or dataclass for nested inputs and outputs",
-        ) from error
+def rebuild_sequence(kind: type[Any], entries: Sequence[Any]) -> Any:
+    """An instance of a tuple, named tuple, return type (such as that of `max`) or list class."""
+    return kind(*entries) if hasattr(kind, "_make") else kind(entries)
+
+
+def emptied(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """A copy of a mapping without entries, to be filled by `rebuild_mapping`: it keeps what a class adds to a dict."""
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return type(value)()
+    shell = copy(value)
+    shell.clear()
+    return shell
+
+
+def rebuild_mapping(shell: Mapping[Any, Any], entries: Any) -> Any:
+    """A copy of the empty mapping `shell` with the given pairs."""
+    if not isinstance(shell, MutableMapping):
+        return type(shell)(dict(entries))  # type: ignore[call-arg]
+    filled = copy(shell)
+    for key, value in entries:
+        filled[key] = value
+    return filled
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _misfit(forward: str, why: str) -> UserError:
+    return UserError(
+        f"example_inputs do not fit {forward}",
+        why=why,
+        fix="pass a tuple of positional arguments or a dict of keyword arguments",
+    )

@@ -17,15 +17,19 @@ class Taint:
     """Sets of storages that depend on input values, and of those whose size does."""
 
     def __init__(self) -> None:
-        self._values: dict[int, StorageWeakRef] = {}
-        self._sizes: dict[int, StorageWeakRef] = {}
+        self._values: dict[int, StorageWeakRef | None] = {}
+        self._sizes: dict[int, StorageWeakRef | None] = {}
 
     def mark(self, tensor: torch.Tensor, *, size: bool = False) -> None:
-        """`tensor`'s values depend on the inputs; with `size`, its shape does too."""
-        reference = StorageWeakRef(tensor.untyped_storage())
-        self._values[reference.cdata] = reference
+        """`tensor`'s values depend on the inputs; with `size`, its shape does too.
+
+        Tensors without storage are all taken for one.
+        """
+        key = storage_key(tensor)
+        reference = StorageWeakRef(tensor.untyped_storage()) if key else None
+        self._values[key] = reference
         if size:
-            self._sizes[reference.cdata] = reference
+            self._sizes[key] = reference
 
     def depends(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor`'s values depend on the inputs."""
@@ -73,6 +77,24 @@ def flat_tensors(values: Iterable[Any]) -> list[torch.Tensor]:
 def _index_without_mask(func: Any, inputs: list[torch.Tensor]) -> bool:
     # aten.index has a data-dependent size only when it is given a boolean mask.
     return "index" in func.__name__ and all(tensor.dtype is not torch.bool for tensor in inputs[1:])
+
+
+def sized_by(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a value that a function has read may decide the size of its result.
+
+    It does not where a tensor without dimensions is an index (and no bound), a value to fill in, or only checked.
+    """
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(flat_tensors((e.start, e.stop, e.step)) for e in index if isinstance(e, slice))
+    if name == "one_hot":
+        return bool((args[1] if len(args) > 1 else kwargs.get("num_classes", -1)) < 0)
+    if name in ("full", "new_full"):
+        return bool(flat_tensors((kwargs.get("size", args[name == "new_full"] if args else None),)))
+    return name not in _KEEPING_SIZE
+
+
+_KEEPING_SIZE = frozenset({"__setitem__", "fill_", "full_like", "embedding"})
 
 
 def written_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

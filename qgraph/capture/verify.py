@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.utils import parametrize
 
-from qgraph.capture.inputs import Inputs, copy_inputs
-from qgraph.capture.structure import format_path, leaves
+from qgraph.capture.structure import format_path, parts
 from qgraph.errors import CaptureError
 
-Run = Callable[[Inputs], Any]
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# The settings belong to the process; captures in several threads share them.
+_lock = threading.Lock()
+_running = 0
+_before = (True, 0)
 
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Numerics as a graph can reproduce them: no attention fast path, which computes in another order."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Numerics as a graph can reproduce them.
+
+    Without the attention fast path, which computes in another order, and without the cache of `parametrize.cached()`,
+    in which a second run would find what the first one computed.
+    """
+    global _before, _running
+    with _lock:
+        if not _running:
+            _before = torch.backends.mha.get_fastpath_enabled(), parametrize._cache_enabled
+            torch.backends.mha.set_fastpath_enabled(False)
+            parametrize._cache_enabled = 0
+        _running += 1
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def model_runner(model: nn.Module, call: Callable[[nn.Module, Inputs], Any], *, keeps_state: bool) -> Run:
-    """Runs the user's model; a model whose forward changes itself is run on a fresh copy each time."""
-    return lambda inputs: call(model if keeps_state else copy.deepcopy(model), copy_inputs(inputs))
+        with _lock:
+            _running -= 1
+            if not _running:
+                torch.backends.mha.set_fastpath_enabled(_before[0])
+                parametrize._cache_enabled = _before[1]
 
 
 def compare_replay(expected: Any, actual: Any, *, what: str, model: str, suspects: tuple[str, ...]) -> None:
@@ -59,29 +71,55 @@ def compare_replay(expected: Any, actual: Any, *, what: str, model: str, suspect
     )
 
 
-def first_difference(expected: Any, actual: Any) -> str | None:
+def first_difference(expected: Any, actual: Any, place: str = "output") -> str | None:
     """Where two outputs first differ, in words; None if they are equal bit for bit (NaN equals NaN)."""
-    ours, theirs = list(leaves(actual)), list(leaves(expected))
-    if type(expected) is not type(actual) or [path for path, _ in ours] != [path for path, _ in theirs]:
-        return f"the structure: {type(expected).__name__} against {type(actual).__name__}"
-    for (path, one), (_, two) in zip(theirs, ours, strict=True):
-        name = format_path("output", path)
-        if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
-            if one.shape != two.shape or one.dtype != two.dtype:
-                return f"{name}: {list(one.shape)} {one.dtype} against {list(two.shape)} {two.dtype}"
-            if not torch.equal(one, two) and not _equal_with_nan(one, two):
-                gap = (one.double() - two.double()).abs().nan_to_num()
-                return f"{name}: {int((gap > 0).sum())} of {one.numel()} elements, by up to {gap.max().item():.3g}"
-        elif isinstance(one, torch.Tensor) or isinstance(two, torch.Tensor) or not _same(one, two):
-            return f"{name}: {one!r} against {two!r}"
+    if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
+        return _tensor_difference(place, expected, actual)
+    if type(expected) is not type(actual):
+        return f"{place}: {_described(expected)} against {_described(actual)}"
+    ours, theirs = parts(expected), parts(actual)
+    if ours is None or theirs is None:
+        same = expected == actual or (expected != expected and actual != actual)
+        return None if same else f"{place}: {expected!r} against {actual!r}"
+    if [step for step, _ in ours] != [step for step, _ in theirs]:
+        return f"{place}: {_described(expected)} against {_described(actual)}"
+    for (step, one), (_, two) in zip(ours, theirs, strict=True):
+        found = first_difference(one, two, format_path(place, (step,)))
+        if found is not None:
+            return found
     return None
 
 
-def _equal_with_nan(one: torch.Tensor, two: torch.Tensor) -> bool:
-    if not (one.is_floating_point() or one.is_complex()):
-        return False
-    return bool(torch.equal(one.isnan(), two.isnan())) and torch.equal(one.nan_to_num(), two.nan_to_num())
+def _tensor_difference(place: str, one: torch.Tensor, two: torch.Tensor) -> str | None:
+    if one.shape != two.shape or one.dtype != two.dtype or one.layout != two.layout:
+        return f"{place}: {_described(one)} against {_described(two)}"
+    one, two = _readable(one), _readable(two)
+    if torch.equal(_bits(one), _bits(two)):
+        return None
+    differs = _bits(one) != _bits(two)
+    if one.is_floating_point():
+        differs &= ~(one.isnan() & two.isnan())
+    if not bool(differs.any()):
+        return None
+    wide = torch.float64 if one.is_floating_point() else torch.int64
+    gap = (one[differs].to(wide) - two[differs].to(wide)).abs().max().item()
+    return f"{place}: {int(differs.sum())} of {one.numel()} elements, by up to {gap:.3g}"
 
 
-def _same(one: object, two: object) -> bool:
-    return bool(one == two) or (one != one and two != two)
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense real tensor with the same values."""
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    return torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers."""
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        form = "" if value.layout is torch.strided else f" {value.layout}"
+        return f"a {value.dtype}{form} tensor of shape {list(value.shape)}"
+    found = parts(value)
+    return repr(value) if found is None else f"a {type(value).__name__} of {len(found)} parts"

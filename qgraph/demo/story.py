@@ -6,6 +6,7 @@ train -> trace -> fuse -> prepare -> calibrate -> convert -> simulate the test s
 from __future__ import annotations
 
 import html
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from torch import fx
 from qgraph.analysis import SiteConsistency, compare_sites
 from qgraph.capture import trace
 from qgraph.demo.model import DigitsNet
-from qgraph.demo.training import Digits, accuracy, calibration_batches, load_digits, train
-from qgraph.errors import DrawError
+from qgraph.demo.training import EPOCHS, Digits, accuracy, calibration_batches, load_digits, train
+from qgraph.errors import DrawError, UserError
 from qgraph.ir.copying import copy_graph
 from qgraph.ir.node_info import graph_info, info
 from qgraph.ir.op import OpKind
@@ -92,21 +93,27 @@ class DemoResult:
         return tabulate(self.rows(), tablefmt="simple_outline")
 
 
-def run_demo(folder: Path, *, say: Say, progress: bool = True) -> DemoResult:
+def run_demo(folder: Path, *, say: Say, progress: bool = True, epochs: int = EPOCHS) -> DemoResult:
     """Runs the demo and writes its report.
 
     Args:
         folder: where pictures, texts and tables go; created if missing.
         say: receives lines for the user.
         progress: whether to show progress bars.
+        epochs: how long to train.
 
     Returns:
         The figures of the table.
+
+    Raises:
+        UserError: nothing can be written to `folder`, or scikit-learn is not installed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     digits = load_digits()
     model = _timed(
-        "train a small residual network on handwritten digits", say, lambda: train(digits, progress=progress)
+        "train a small residual network on handwritten digits",
+        say,
+        lambda: train(digits, epochs=epochs, progress=progress),
     )
     example = digits.train_images[:1]
     captured = _timed("capture it as a graph, replayed and compared exactly", say, lambda: trace(model, example))
@@ -123,6 +130,20 @@ def run_demo(folder: Path, *, say: Say, progress: bool = True) -> DemoResult:
     stages = dict(zip(_STAGES, (captured, keeper.graph or captured, prepared, integer), strict=True))
     _write_report(folder, stages, result, say)
     return result
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes the folder and tries to write to it, before a minute is spent on what goes there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {folder}",
+            why=f"{type(error).__name__}: {error}",
+            fix="choose a folder you may write to",
+        ) from error
 
 
 class _KeepFused(PassObserver):
@@ -187,15 +208,18 @@ def _worst(sites: tuple[SiteConsistency, ...]) -> str:
 
 
 def _write_report(folder: Path, stages: dict[str, fx.GraphModule], result: DemoResult, say: Say) -> None:
-    pictures = []
+    drawn = {}
+    problem: DrawError | None = None
     for number, (name, gm) in enumerate(stages.items()):
         stem = f"{number}_{name}"
         (folder / f"{stem}.txt").write_text(print_graph(gm), encoding="utf-8")
         try:
-            pictures.append((name, draw(gm, folder / f"{stem}.svg")))
+            drawn[name] = draw(gm, folder / f"{stem}.svg")
         except DrawError as error:
-            draw(gm, folder / f"{stem}.dot")
-            say(f"no picture of the {name} graph, only {stem}.dot: {error.what}")
+            drawn[name] = draw(gm, folder / f"{stem}.dot")
+            problem = error
+    if problem is not None:
+        say(f"the report has .dot files in place of pictures: {problem.what}\n  what to do: {problem.fix}")
     sites = tabulate(
         [(s.site, s.op, s.format, s.elements, s.differing, s.largest) for s in result.sites],
         headers=("site", "op", "format", "elements", "differing", "largest"),
@@ -204,16 +228,12 @@ def _write_report(folder: Path, stages: dict[str, fx.GraphModule], result: DemoR
         [(op, name, count) for (op, name), count in sorted(result.ops.items())], headers=("op", "format", "count")
     )
     (folder / "report.txt").write_text(f"{result.table()}\n\n{sites}\n\n{ops}\n", encoding="utf-8")
-    (folder / "report.html").write_text(_page(result, sites, ops, pictures), encoding="utf-8")
+    (folder / "report.html").write_text(_page(result, sites, ops, drawn), encoding="utf-8")
 
 
-def _page(result: DemoResult, sites: str, ops: str, pictures: list[tuple[str, Path]]) -> str:
+def _page(result: DemoResult, sites: str, ops: str, drawn: dict[str, Path]) -> str:
     rows = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in result.rows())
-    drawn = "".join(
-        f'<figure><figcaption><a href="{path.name}">{name}</a> (<a href="{path.stem}.txt">text</a>)</figcaption>'
-        f'<img src="{path.name}" alt="the {name} graph"></figure>'
-        for name, path in pictures
-    )
+    stages = "".join(_figure(name, path) for name, path in drawn.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>qgraph demo</title><style>
 body {{ font-family: sans-serif; margin: 2em; max-width: 100%; }}
@@ -221,7 +241,15 @@ table {{ border-collapse: collapse; }} td {{ border: 1px solid #ccc; padding: 0.
 main {{ display: flex; gap: 2em; align-items: flex-start; overflow-x: auto; }}
 figure {{ margin: 0; }} figcaption {{ font-weight: bold; padding: 0.5em 0; }} img {{ border: 1px solid #ddd; }}
 </style></head><body><h1>From float to integers</h1><table>{rows}</table>
-<h2>The four stages</h2><main>{drawn}</main>
+<h2>The four stages</h2><main>{stages}</main>
 <h2>Agreement of integers and fake quantization, site by site</h2><pre>{html.escape(sites)}</pre>
 <h2>Operators</h2><pre>{html.escape(ops)}</pre></body></html>
 """
+
+
+def _figure(name: str, path: Path) -> str:
+    picture = f'<img src="{path.name}" alt="the {name} graph">' if path.suffix == ".svg" else ""
+    return (
+        f'<figure><figcaption><a href="{path.name}">{name}</a> (<a href="{path.stem}.txt">text</a>)</figcaption>'
+        f"{picture}</figure>"
+    )

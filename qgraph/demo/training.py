@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from qgraph.demo.model import DigitsNet
 from qgraph.errors import UserError
 
 SEED = 0
+EPOCHS = 30
 _TEST_IMAGES = 500
 
 
@@ -49,7 +49,7 @@ def load_digits() -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-def train(digits: Digits, *, epochs: int = 30, batch: int = 64, progress: bool = True) -> DigitsNet:
+def train(digits: Digits, *, epochs: int = EPOCHS, batch: int = 64, progress: bool = True) -> DigitsNet:
     """A network trained on the digits with one-pixel shifts; returned in eval mode."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -88,8 +88,3 @@ def _batches(digits: Digits, batch: int, generator: torch.Generator) -> Iterator
     for chosen in order.split(batch):
         shift = [int(n) for n in torch.randint(-1, 2, (2,), generator=generator)]
         yield torch.roll(digits.train_images[chosen], shift, dims=(2, 3)), digits.train_labels[chosen]
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from qgraph.ir.graph_module import CheckedGraphModule
 from qgraph.ir.node_info import graph_info, info, set_info
+from qgraph.nn import clone_module
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -17,7 +19,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     output = graph.graph_copy(gm.graph, mapping)
     old_output = next(node for node in gm.graph.nodes if node.op == "output")
     set_info(graph.output(output), info(old_output))
-    copied = fx.GraphModule(gm, graph, class_name=graph_info(gm).model)
+    copied = CheckedGraphModule(gm, graph, class_name=graph_info(gm).model)
     # Leaf modules are gm's own, with flags of their own; only what the constructor made gets one.
     originals = dict(gm.named_modules())
     for path, module in copied.named_modules():
@@ -47,7 +49,32 @@ def _parents(paths: set[str]) -> set[str]:
     return found
 
 
-def _drop(module: nn.Module, prefix: str, called: set[str], read: set[str], parents: set[str]) -> None:
+def is_container(module: object) -> bool:
+    """Whether a module only holds others: those belong to one graph, all others may be shared between graphs."""
+    return type(module) is nn.Module or isinstance(module, fx.GraphModule)
+
+
+def own_child(parent: nn.Module, name: str, *, shared: bool) -> tuple[nn.Module, bool]:
+    """The child of a module that belongs to the graph, made the graph's own if it is not.
+
+    Args:
+        shared: whether `parent` was shared before.
+
+    Returns:
+        The child, and whether it was shared.
+    """
+    child = parent._modules[name]
+    assert child is not None
+    shared = shared or not is_container(child)
+    if shared:
+        child = clone_module(child)
+        parent._modules[name] = child
+    return child, shared
+
+
+def _drop(
+    module: nn.Module, prefix: str, called: set[str], read: set[str], parents: set[str], *, shared: bool = False
+) -> None:
     for table in (module._parameters, module._buffers):
         for name in [name for name in table if prefix + name not in read]:
             del table[name]
@@ -58,4 +85,5 @@ def _drop(module: nn.Module, prefix: str, called: set[str], read: set[str], pare
         if path not in parents or child is None:
             del module._modules[name]
         else:
-            _drop(child, f"{path}.", called, read, parents)
+            own, was_shared = own_child(module, name, shared=shared)
+            _drop(own, f"{path}.", called, read, parents, shared=was_shared)

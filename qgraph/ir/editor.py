@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from qgraph.errors import InternalError, PassError
 from qgraph.ir.arguments import Bound
+from qgraph.ir.copying import is_container, own_child
 from qgraph.ir.node_info import NodeInfo, info, set_info, where
 from qgraph.ir.op import Op
 from qgraph.ir.op_table import CONSTANT
@@ -167,53 +168,56 @@ class Editor:
         """Puts `module` at the dotted `path`, making empty parents where they are missing."""
         parent_path, _, name = path.rpartition(".")
         parent: nn.Module = self.gm
+        shared = False
         for part in parent_path.split(".") if parent_path else ():
-            child = getattr(parent, part, None)
-            if child is None:
-                child = nn.Module()
-                parent.add_module(part, child)
-            if not isinstance(child, nn.Module):
+            if getattr(parent, part, None) is None:
+                parent.add_module(part, nn.Module().train(self.gm.training))
+            if part not in parent._modules:
                 raise InternalError(f"{parent_path!r} is not a module")
-            parent = child
+            parent, shared = own_child(parent, part, shared=shared)
         if name in parent.__dict__:
             del parent.__dict__[name]
         parent.add_module(name, module)
         self.changes += 1
 
     def add_tensor(self, path: str, tensor: torch.Tensor) -> str:
-        """Keeps `tensor` as a buffer at `path`, made unique; returns the path used."""
-        if not self._can_hold(path.rpartition(".")[0]):
-            path = path.replace(".", "_")
+        """Keeps `tensor` at `path`, made unique, as a parameter if it is one, else as a buffer; returns the path."""
+        path = self._held_path(path)
         parent_path, _, name = path.rpartition(".")
         if parent_path and not self._exists(parent_path):
-            self.set_module(parent_path, nn.Module())
+            self.set_module(parent_path, nn.Module().train(self.gm.training))
         parent = self.gm.get_submodule(parent_path)
         unique, counter = name, 0
         while hasattr(parent, unique):
             counter += 1
             unique = f"{name}_{counter}"
-        parent.register_buffer(unique, tensor)
+        if isinstance(tensor, nn.Parameter):
+            parent.register_parameter(unique, tensor)
+        else:
+            parent.register_buffer(unique, tensor)
         self.changes += 1
         return f"{parent_path}.{unique}" if parent_path else unique
 
     def free_path(self, path: str) -> str:
-        """`path`, or `path_1`, `path_2`, ...: the first that is not taken."""
+        """`path`, or `path_1`, `path_2`, ...: the first that is not taken; never inside a module of the model."""
+        path = self._held_path(path)
         unique, counter = path, 0
         while self._exists(unique):
             counter += 1
             unique = f"{path}_{counter}"
         return unique
 
-    def _can_hold(self, path: str) -> bool:
-        """Whether `path` is a module without a forward of its own, or could be made one."""
+    def _held_path(self, path: str) -> str:
+        """`path`, with `_` for `.` from a module of the model or a tensor on: those are not ours to extend."""
         current: object = self.gm
-        for part in path.split(".") if path else ():
+        parts = path.split(".")
+        for depth, part in enumerate(parts[:-1]):
             current = getattr(current, part, None)
             if current is None:
-                return True
-            if type(current) is not nn.Module:  # a leaf of the model, or a tensor: not ours to extend
-                return False
-        return True
+                return path
+            if not is_container(current):
+                return ".".join([*parts[:depth], "_".join(parts[depth:])])
+        return path
 
     def _exists(self, path: str) -> bool:
         current: object = self.gm

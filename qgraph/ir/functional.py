@@ -30,5 +30,5 @@ def field(value: Any, name: str) -> Any:
 
 
 def copy_to(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`other` broadcast to the shape, and cast to the dtype, of `input`: the pure form of `input.copy_(other)`."""
-    return other.to(input.dtype).expand(input.shape).clone()
+    """`other` in the shape, dtype and layout of `input`: the pure form of `input.copy_(other)`."""
+    return torch.empty_like(input).copy_(other)

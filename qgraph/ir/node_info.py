@@ -69,6 +69,7 @@ class NodeInfo:
         origins: sites of the captured nodes this one stands for; itself if empty.
         created_by: the pass that made the node, or `capture`.
         in_place: the node writes to one of its operands or to state: it must not be removed, moved or matched.
+        relaid: the node copies its operand into another memory layout; kernels behind it may add in another order.
         random: the node draws random numbers: without it, later draws would differ.
         unstable: the node's storage is written by an `in_place` node: it must not be moved or matched.
         inner: the node is a step of a composite that was taken apart; the composite's site is another node's.
@@ -87,6 +88,7 @@ class NodeInfo:
     origins: tuple[str, ...] = ()
     created_by: str = "capture"
     in_place: bool = False
+    relaid: bool = False
     random: bool = False
     unstable: bool = False
     inner: bool = False
@@ -191,7 +193,8 @@ def graph_info(gm: fx.GraphModule) -> GraphInfo:
     Raises:
         UserError: the module was not made by qgraph.
     """
-    record = gm.meta.get(KEY)
+    meta = getattr(gm, "meta", None)
+    record = meta.get(KEY) if isinstance(meta, dict) else None
     if not isinstance(record, GraphInfo):
         raise UserError(
             f"this {type(gm).__name__} was not captured by qgraph",

@@ -188,6 +188,14 @@ class OpTable:
         self._by_name[op.name] = op
         return op
 
+    def add_module(self, op: Op, module: type[nn.Module]) -> None:
+        """One more module class that means `op`, for classes the table's own module cannot import.
+
+        Raises:
+            UserError: it means another already.
+        """
+        self._add(self._modules, module, op)
+
     def _add(self, table: dict[Any, Any], key: Any, value: Any) -> None:
         if key in table:
             owner = table[key] if isinstance(table[key], Op) else table[key][0]

@@ -15,9 +15,10 @@ from torch import fx, nn
 
 from qgraph.errors import QGraphError, VerifyError
 from qgraph.ir.arguments import bind
+from qgraph.ir.identities import is_free_identity
 from qgraph.ir.node_info import graph_info, has_info, info, where
 from qgraph.ir.op import OpKind
-from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, IDENTITY, OPAQUE, QUANT_STUB
+from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, OPAQUE, QUANT_STUB
 from qgraph.ir.stage import Stage
 from qgraph.ir.text import describe
 from qgraph.ir.values import TensorSpec
@@ -90,7 +91,10 @@ def neighbourhood(node: fx.Node) -> str:
     """The text of a node, its inputs and its users."""
 
     def line(mark: str, other: fx.Node) -> str:
-        text = describe(other) if has_info(other) and other.op != "output" else other.format_node()
+        try:
+            text = describe(other) if has_info(other) and other.op != "output" else other.format_node()
+        except QGraphError:  # the node itself is what is broken
+            text = other.format_node()
         return f"{mark} %{other.name} = {text}"
 
     return "\n".join(
@@ -167,7 +171,7 @@ def _arguments_fit(gm: fx.GraphModule) -> Iterator[tuple[str, fx.Node | None]]:
 
 def _no_identities(gm: fx.GraphModule) -> Iterator[tuple[str, fx.Node | None]]:
     for node in gm.graph.nodes:
-        if info(node).op is IDENTITY and not info(node).in_place and not info(node).unstable:
+        if is_free_identity(node):
             yield "an identity should have been removed by canonicalize", node
 
 

@@ -22,7 +22,7 @@ from qgraph.ir.op_table import OPAQUE
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.text import called_name
 from qgraph.ir.values import TensorSpec
-from qgraph.numerics import Arithmetic, Factor, QParams
+from qgraph.numerics import Arithmetic, Factor, QParams, QType, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -88,8 +88,19 @@ class LoweringContext:
     def rescale(self, like: fx.Node, real: torch.Tensor, step: str) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
         """Nodes for one real factor (float64) under the target's arithmetic of `step`."""
         arithmetic = self.target.step(step)
-        multiplier, shift = self.factor(like, arithmetic.rule.encode(real))
+        multiplier, shift = self.factor(like, encode_saturating(arithmetic.rule, real, self.qparams(like).qtype))
         return multiplier, shift, arithmetic
+
+
+def encode_saturating(rule: RequantizeRule, factor: torch.Tensor, result: QType) -> Factor:
+    """What the device stores for a factor whose product is saturated to `result`.
+
+    A factor beyond the result's range takes zero to zero and all else to saturation, and so does the largest factor
+    the device can store. Such factors arise where a result is far smaller than its operands, as a mean of normalized
+    values is.
+    """
+    beyond = rule.largest > 2.0 * (1 << result.bits)
+    return rule.encode(factor.clamp(-rule.largest, rule.largest) if beyond else factor)
 
 
 def bounds(result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:

@@ -20,7 +20,15 @@ from qgraph.errors import QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op_table import DIV, RELU6, SUB
-from qgraph.lowering.base import Lowering, LoweringContext, bounds, coded, is_number, register_lowering
+from qgraph.lowering.base import (
+    Lowering,
+    LoweringContext,
+    bounds,
+    coded,
+    encode_saturating,
+    is_number,
+    register_lowering,
+)
 from qgraph.numerics import QParams, build_table
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
@@ -189,7 +197,7 @@ def requantized_to(x: fx.Node, result: QParams, like: fx.Node, ctx: LoweringCont
     if source.same_as(result):
         return x
     arithmetic = ctx.target.step("product")
-    factor = arithmetic.rule.encode(source.scale.double() / result.scale.double())
+    factor = encode_saturating(arithmetic.rule, source.scale.double() / result.scale.double(), result.qtype)
     multiplier = ctx.tensor(like, f"{role}_multiplier", factor.multiplier)
     shift = None if factor.shift is None else ctx.tensor(like, f"{role}_shift", factor.shift)
     node = ctx.integer(

@@ -6,8 +6,6 @@ Padding with a number pads with that number's code.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import fx
 
@@ -22,7 +20,6 @@ from qgraph.lowering.base import (
     register_lowering,
 )
 from qgraph.lowering.elementwise import requantized_to
-from qgraph.numerics import QParams
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -44,8 +41,8 @@ class PadLowering(Lowering):
         amounts, value = bound.option("pad"), bound.option("value")
         if any(isinstance(amount, fx.Node) for amount in amounts):
             return no("its amounts are computed in the forward", node)
-        if value is not None and not is_number(value) and value not in (float("inf"), float("-inf")):
-            return no(f"it pads with {value!r}", node)
+        if value is not None and not is_number(value):
+            return no(f"it pads with {value!r}, for which there is no code", node)
         return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
@@ -55,7 +52,7 @@ class PadLowering(Lowering):
             ctx.moved(node, node, ctx.qparams(x))
             return node
         result = ctx.qparams(node)
-        code = _code(value, result)
+        code = bounds(result, low=value)["low"]
         moved = requantized_to(x, result, node, ctx, "requantize")
         padded = ctx.edit.call_function(F.pad, (moved, tuple(bound.option("pad"))), {"value": code}, op=PAD, like=node)
         ctx.moved(padded, node, result)
@@ -82,7 +79,10 @@ class QuantizeLowering(Lowering):
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         x, result = node.all_input_nodes[0], ctx.qparams(node)
         if info(x).qparams is not None:
-            return requantized_to(x, result, node, ctx, "requantize")
+            moved = requantized_to(x, result, node, ctx, "requantize")
+            if moved is not x:
+                ctx.edit.annotate(moved, site=info(node).site)
+            return moved
         scale = ctx.tensor(node, "scale", result.scale)
         return ctx.integer("quantize", x, scale, like=node, format=str(result.qtype))
 
@@ -100,13 +100,6 @@ class DequantizeLowering(Lowering):
         real = ctx.integer("dequantize", x, scale, like=node, axis=axis)
         ctx.edit.annotate(real, qparams=None, value=info(node).value)
         return real
-
-
-def _code(value: Any, result: QParams) -> int:
-    low = bounds(result, low=value)["low"] if is_number(value) else None
-    if low is not None:
-        return int(low)
-    return result.qtype.qmax if value > 0 else result.qtype.qmin
 
 
 for _name, _lowering in {

@@ -61,6 +61,15 @@ class RequantizeRule:
         if self.form is not ScaleForm.FIXED_POINT and self.bits != _HIGH_BITS:
             raise UserError(f"{self.form} has no multiplier of {self.bits} bits", fix="leave bits at 31")
 
+    @property
+    def largest(self) -> float:
+        """The largest factor the device can store."""
+        if self.form is ScaleForm.POWER_OF_TWO:
+            return float(1 << self.bits)
+        if self.form is ScaleForm.FLOAT:
+            return float(1 << self.bits) * (1 - torch.finfo(torch.float32).eps)
+        return float((1 << self.bits) - 1)
+
     def encode(self, factor: torch.Tensor) -> Factor:
         """What the device stores for the real `factor` (float64, any shape, finite).
 

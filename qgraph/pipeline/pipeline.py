@@ -24,7 +24,14 @@ from qgraph.ir.stage import Stage
 from qgraph.ir.verifier import structural_hash, verify
 from qgraph.memory import paused_collection
 from qgraph.pipeline.base import Pass, PassContext, PassReport, PassResult
-from qgraph.pipeline.checks import Difference, check_numerics, first_differing_node, outputs_differ, run_example
+from qgraph.pipeline.checks import (
+    Difference,
+    check_numerics,
+    first_differing_node,
+    outputs_differ,
+    promise_broken,
+    run_example,
+)
 from qgraph.pipeline.observers import PassObserver, environment_observers
 from qgraph.pipeline.parse import Group, parse_passes
 
@@ -261,7 +268,11 @@ class Pipeline(Pass):
             current = runner.run_one(member, current).gm
             numerics = member.keeps if rtol is None else replace(member.keeps, rtol=rtol)
             outputs = run_example(current, context.example)
-            found = None if numerics.redefines else outputs_differ(reference, outputs, numerics)
+            found = None
+            if rtol is not None and not numerics.redefines:
+                found = outputs_differ(reference, outputs, numerics)
+            elif not numerics.redefines:
+                found = promise_broken(current, context.example, reference, outputs, numerics)
             if found is not None:
                 return _locate(member, position, found, before, current, context.example, rtol)
             reference = outputs
@@ -393,7 +404,7 @@ class _Runner:
         outputs = run_example(gm, self.ctx.example)
         if self.reference is not _UNKNOWN and not member.keeps.redefines:
             try:
-                check_numerics(member, self.reference, outputs)
+                check_numerics(member, gm, self.ctx.example, self.reference, outputs)
             except QGraphError as error:
                 error.attach(self._progress(member))
                 raise

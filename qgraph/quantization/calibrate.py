@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from tqdm import tqdm
 
-from qgraph.errors import UserError
-from qgraph.quantization.sites import require_prepared, set_fake_quantize
+from qgraph.errors import QGraphError, UserError
+from qgraph.quantization.sites import require_float32, require_prepared, set_fake_quantize, snapshot
 from qgraph.quantization.states import FakeQuantState
 
 
@@ -23,6 +24,8 @@ def calibrate(
     progress: bool = True,
 ) -> None:
     """Runs `model` on batches in state CALIBRATION, computes all scales, and leaves it in state VALIDATION.
+
+    The graph runs in eval mode and without gradients. After an error the model is as it was before.
 
     Args:
         model: what `prepare` returned; it is changed. Ranges of an earlier calibration are extended.
@@ -36,35 +39,68 @@ def calibrate(
         QuantizationError: the data holds NaN or infinite values; the message names the first site that saw them.
     """
     gm = require_prepared(model, "calibrate")
-    if num_steps is not None and num_steps < 1:
-        raise UserError(f"calibration over {num_steps} steps observes nothing", fix="give num_steps >= 1 or None")
-    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-    set_fake_quantize(gm, FakeQuantState.CALIBRATION)
-    total = _length(loader, num_steps)
-    count = 0
+    require_float32(gm)
+    _check_arguments(loader, num_steps)
+    restore = snapshot(gm)
     try:
-        with torch.no_grad():
-            for batch in tqdm(
-                islice(loader, num_steps), total=total, desc="calibrate", disable=not progress, leave=False
-            ):
-                args, kwargs = batch_inputs(batch, names)
-                gm(*args, **kwargs)
-                count += 1
-    except BaseException:
-        set_fake_quantize(gm, FakeQuantState.FLOAT)
-        raise
-    if count == 0:
-        set_fake_quantize(gm, FakeQuantState.FLOAT)
-        raise UserError(
-            "the calibration loader is empty",
-            why="no batch means no range for any site",
-            fix="give a loader with at least one batch; an iterator that was used up before is empty too",
-        )
-    try:
+        set_fake_quantize(gm, FakeQuantState.CALIBRATION)
+        with evaluating(gm), torch.no_grad():
+            count = _observe(gm, loader, num_steps, progress)
+        if count == 0:
+            raise UserError(
+                "the calibration loader is empty",
+                why="no batch means no range for any site",
+                fix="give a loader with at least one batch; an iterator that was used up before is empty too",
+            )
         set_fake_quantize(gm, FakeQuantState.VALIDATION)
     except BaseException:
-        set_fake_quantize(gm, FakeQuantState.FLOAT)
+        restore()
         raise
+
+
+def _check_arguments(loader: Any, num_steps: Any) -> None:
+    if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
+        raise UserError(f"calibration cannot take {num_steps!r} steps", fix="give a whole number >= 1, or None for all")
+    if isinstance(loader, (torch.Tensor, Mapping, str)) or not _is_iterable(loader):
+        single = isinstance(loader, (torch.Tensor, Mapping))
+        raise UserError(
+            f"the calibration loader is a {type(loader).__name__}",
+            why="it must yield batches",
+            fix="put a single batch into a list: calibrate(model, [batch])" if single else "give a list or DataLoader",
+        )
+
+
+def _is_iterable(loader: Any) -> bool:
+    return hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Everything in eval mode, as for inference; each module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _observe(gm: fx.GraphModule, loader: Iterable[Any], num_steps: int | None, progress: bool) -> int:
+    """Runs the batches; returns how many there were."""
+    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    total = _length(loader, num_steps)
+    count = 0
+    for batch in tqdm(islice(loader, num_steps), total=total, desc="calibrate", disable=not progress, leave=False):
+        try:
+            args, kwargs = batch_inputs(batch, names)
+            gm(*args, **kwargs)
+        except QGraphError as error:
+            error.attach(f"in batch {count} of the calibration loader")
+            raise
+        count += 1
+    return count
 
 
 def batch_inputs(batch: Any, names: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -78,7 +114,7 @@ def batch_inputs(batch: Any, names: list[str]) -> tuple[tuple[Any, ...], dict[st
         UserError: the batch does not hold the model's inputs.
     """
     if isinstance(batch, torch.Tensor):
-        return (batch,), {}
+        batch = (batch,)
     if isinstance(batch, Mapping):
         missing = [name for name in names if name not in batch]
         if missing:
@@ -90,7 +126,10 @@ def batch_inputs(batch: Any, names: list[str]) -> tuple[tuple[Any, ...], dict[st
         return (), {name: batch[name] for name in names}
     if isinstance(batch, (tuple, list)):
         if len(batch) < len(names):
-            raise UserError(f"a batch holds {len(batch)} elements, the model takes {len(names)} inputs: {names}")
+            raise UserError(
+                f"a batch holds {len(batch)} elements, the model takes {len(names)} inputs: {names}",
+                fix="give batches that hold the model's inputs in this order; more may follow",
+            )
         return tuple(batch[: len(names)]), {}
     raise UserError(
         f"a batch is a {type(batch).__name__}", fix="give tensors, tuples, lists or mappings of the model's inputs"

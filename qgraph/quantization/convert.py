@@ -7,10 +7,13 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from qgraph.errors import UserError
 from qgraph.ir.node_info import graph_info, update_graph_info
+from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
 from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
-from qgraph.quantization.sites import require_prepared, set_fake_quantize
+from qgraph.quantization.prepare import require_pipeline, require_stage
+from qgraph.quantization.sites import require_float32, require_prepared, set_fake_quantize
 from qgraph.quantization.states import FakeQuantState
 from qgraph.targets import get_target
 
@@ -45,22 +48,31 @@ def convert(
     Raises:
         StateError: the model has not been calibrated.
         QuantizationError: a scale cannot be used, or `strict` and operators stay in float.
-        UserError: `model` is not prepared.
+        UserError: `model` is not prepared, or `pipeline` does not fit.
     """
     gm = require_prepared(model, "convert")
+    require_float32(gm)
+    require_pipeline(pipeline)
+    if strict and pipeline is not None:
+        raise UserError(
+            "strict was given together with a pipeline",
+            why="a pipeline of your own decides what its passes refuse",
+            fix="use pipeline=convert_pipeline(strict=True) with your changes",
+        )
     with paused_collection():
         frozen = _settled_copy(gm)
         target = get_target(graph_info(gm).target or "bpu")
         ctx = PassContext(example=graph_info(gm).example, target=target)
         chosen = pipeline or convert_pipeline(strict=strict)
         result = chosen.run(frozen, ctx, checks=checks, observers=observers, in_place=True)
+    require_stage(result.gm, Stage.INTEGER, chosen)
     update_graph_info(result.gm, expected=None)
     return result.gm
 
 
 def _settled_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in state VALIDATION, so that neither the states nor the scales of the original move."""
-    twin = copy.deepcopy(gm)
+    """A copy in state VALIDATION and eval mode, so that neither the states nor the scales of the original move."""
+    twin = copy.deepcopy(gm).eval()
     set_fake_quantize(twin, FakeQuantState.VALIDATION)
     update_graph_info(twin, expected=None)
     return twin

@@ -107,6 +107,12 @@ class FakeQuantize(nn.Module):
         saved = state_dict.get(prefix + "scale")
         if saved is not None and self.fixed_scale is None:
             self.scale = torch.empty_like(saved, device=self.scale.device)
+        elif saved is not None and not torch.equal(saved.to(self.scale), self.scale):
+            raise StateError(
+                f"the saved scale of site {self.site} is {saved.tolist()}",
+                why=f"the site has a fixed scale of {self.fixed_scale}",
+                fix="load into a graph prepared with the settings of the saved one",
+            )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._cached = None
 
@@ -130,7 +136,7 @@ class WeightFakeQuantize(FakeQuantize):
 class BiasFakeQuantize(nn.Module):
     """Rounds a bias to the accumulator's grid, whose step is input scale times weight scale.
 
-    The step follows from two other sites, so it is written by `refresh_bias_steps` when the graph enters VALIDATION;
+    The step follows from two other sites, so it is written when the graph enters VALIDATION;
     in the other states the bias passes unchanged, as its rounding is far below one step of the result.
     """
 

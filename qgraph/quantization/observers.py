@@ -8,6 +8,7 @@ site's name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class Observer(nn.Module):
         min_val, max_val: float32, shape `[]` or `[C]`; empty `[0]` before the first observation.
     """
 
-    registered_name: str = ""
+    registered_name: ClassVar[str] = ""
     min_val: torch.Tensor
     max_val: torch.Tensor
 
@@ -42,17 +43,32 @@ class Observer(nn.Module):
         return self.min_val.dim() == 0 or self.min_val.numel() > 0
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Observes `values` (float, any shape, not empty) and returns them unchanged."""
+        """Observes `values` (float, any shape; empty ones say nothing) and returns them unchanged.
+
+        Raises:
+            QuantizationError: `values` has no dimension `ch_axis`, or another number of slices than before.
+        """
         if values.numel():
             low, high = self._range(values.detach())
+            if self.observed and low.shape != self.min_val.shape:
+                raise QuantizationError(
+                    f"an observer of {self.min_val.numel()} slices was given {low.numel()}",
+                    why="every slice has one range over all data",
+                    fix="use one observer per site, or reset() it",
+                )
             self._update(low.to(torch.float32), high.to(torch.float32))
         return values
 
     def _range(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.ch_axis < 0:
             return torch.aminmax(_in_storage_order(values))
-        rows = values.movedim(self.ch_axis, 0).flatten(1) if values.dim() > 1 else values[:, None]
-        return torch.aminmax(rows, dim=1)
+        if self.ch_axis >= values.dim():
+            raise QuantizationError(
+                f"values of shape {list(values.shape)} have no dimension {self.ch_axis}",
+                why=f"the observer finds one range per slice of dimension {self.ch_axis}",
+                fix="use an observer of the whole tensor, or another ch_axis",
+            )
+        return torch.aminmax(values.movedim(self.ch_axis, 0).reshape(values.shape[self.ch_axis], -1), dim=1)
 
     def _update(self, low: torch.Tensor, high: torch.Tensor) -> None:
         raise NotImplementedError
@@ -88,7 +104,7 @@ class Observer(nn.Module):
 class MinMaxObserver(Observer):
     """The smallest and largest value ever seen."""
 
-    registered_name = "min_max"
+    registered_name: ClassVar[str] = "min_max"
 
     def _update(self, low: torch.Tensor, high: torch.Tensor) -> None:
         if self.observed:
@@ -104,7 +120,7 @@ class MovingAverageMinMaxObserver(Observer):
         ch_axis: as for `Observer`.
     """
 
-    registered_name = "moving_average"
+    registered_name: ClassVar[str] = "moving_average"
 
     def __init__(self, averaging_constant: float = 0.01, ch_axis: int = -1) -> None:
         super().__init__(ch_axis)
@@ -125,12 +141,16 @@ class MovingAverageMinMaxObserver(Observer):
 class PerChannelMinMaxObserver(MinMaxObserver):
     """`MinMaxObserver` with one range per slice of dimension 0, the output channels of most weights."""
 
+    registered_name: ClassVar[str] = "min_max"
+
     def __init__(self, ch_axis: int = 0) -> None:
         super().__init__(ch_axis)
 
 
 class MovingAveragePerChannelMinMaxObserver(MovingAverageMinMaxObserver):
     """`MovingAverageMinMaxObserver` with one range per slice of dimension 0."""
+
+    registered_name: ClassVar[str] = "moving_average"
 
     def __init__(self, averaging_constant: float = 0.01, ch_axis: int = 0) -> None:
         super().__init__(averaging_constant, ch_axis)
@@ -156,12 +176,27 @@ def make_observer(name: str, ch_axis: int) -> Observer:
 def observer_name(observer: str | type[Observer]) -> str:
     """The registered name of an observer given by name or class.
 
+    Whether a site has one range or one per channel is the plan's choice, so that classes that differ in it only share
+    a name.
+
     Raises:
         QuantizationError: it is not registered.
     """
-    name = observer if isinstance(observer, str) else observer.registered_name
+    if isinstance(observer, str):
+        name = observer
+    elif isinstance(observer, type) and issubclass(observer, Observer):
+        # Inherited names do not count: they would put the parent in place of the class that was asked for.
+        name = vars(observer).get("registered_name", "")
+    else:
+        raise QuantizationError(
+            f"{observer!r} is no observer", fix="give a registered name such as 'min_max', or a class"
+        )
     if name not in OBSERVERS:
-        raise QuantizationError(f"no observer is named {name!r}", fix=did_you_mean(str(name), OBSERVERS))
+        known = did_you_mean(name, OBSERVERS)
+        raise QuantizationError(
+            f"no observer is named {name!r}" if name else f"{observer} has no registered name of its own",
+            fix=known if name else f"give it a registered_name and an entry in OBSERVERS; {known}",
+        )
     return name
 
 

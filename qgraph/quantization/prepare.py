@@ -11,7 +11,9 @@ from torch import fx, nn
 from qgraph.capture.api import trace_shared
 from qgraph.capture.copying import own_tensors
 from qgraph.errors import QuantizationError, UserError
-from qgraph.ir.node_info import graph_info, update_graph_info
+from qgraph.ir.node_info import KEY, GraphInfo, graph_info, info, update_graph_info
+from qgraph.ir.op_table import FAKE_QUANT
+from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
 from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
 from qgraph.quantization.qconfig import as_setters
@@ -20,7 +22,7 @@ from qgraph.targets import Target, get_target
 # Order matters: constants fold before sharing is looked at; composites are decomposed after fusion took what it can;
 # constants are split while a division is still one operator.
 PREPARE = (
-    "canonicalize,fold-constants,eliminate-dead-code,split-shared-modules,fuse-conv-bn-add-relu,"
+    "fold-constants,canonicalize,eliminate-dead-code,split-shared-modules,fuse-conv-bn-add-relu,"
     "use-channels-last,split-nonuniform-constants,decompose-composites,insert-quant-stubs,assign-dtypes,high-precision-output,"
     "insert-fake-quant"
 )
@@ -68,18 +70,20 @@ def prepare(
         UserError: the arguments do not fit.
     """
     chosen = get_target(target)
+    require_pipeline(pipeline)
     setters = as_setters(qconfig_setter)
     if isinstance(model, nn.Module):
+        _check_not_prepared(model)
         check_tensors(model)
     with paused_collection():
         gm = trace_shared(model, example_inputs, method, waive=waive, leaf_modules=leaf_modules, verify=verify)
         ctx = PassContext(target=chosen, setters=setters)
-        result = (pipeline or prepare_pipeline()).run(gm, ctx, checks=checks, observers=observers, in_place=True)
+        steps = pipeline or prepare_pipeline()
+        result = steps.run(gm, ctx, checks=checks, observers=observers, in_place=True)
         own_tensors(result.gm, model)
+    require_stage(result.gm, Stage.PREPARED, steps)
     update_graph_info(result.gm, target=chosen.name)
-    if not any(
-        True for node in result.gm.graph.nodes if node.op == "call_module" and "quantizers." in str(node.target)
-    ):
+    if not any(info(node).op is FAKE_QUANT for node in result.gm.graph.nodes):
         raise UserError(
             "nothing in this model can be quantized",
             where="; ".join(graph_info(result.gm).notes[:8]) or type(model).__name__,
@@ -87,6 +91,44 @@ def prepare(
             fix="look at the reasons above; float islands need operators of the target's list",
         )
     return result.gm
+
+
+def _check_not_prepared(model: nn.Module) -> None:
+    record = model.meta.get(KEY) if isinstance(model, fx.GraphModule) else None
+    if isinstance(record, GraphInfo) and record.stage in (Stage.PREPARED, Stage.INTEGER):
+        raise UserError(
+            f"the model given to prepare is a graph in stage {record.stage}",
+            why="its sites would be quantized twice",
+            fix="give the float model",
+        )
+
+
+def require_pipeline(pipeline: object) -> None:
+    """Refuses what is no pipeline.
+
+    Raises:
+        UserError: it is neither None nor a `Pipeline`.
+    """
+    if pipeline is not None and not isinstance(pipeline, Pipeline):
+        raise UserError(
+            f"pipeline is a {type(pipeline).__name__}",
+            fix='give a Pipeline, for example Pipeline.parse("canonicalize,...") or a changed prepare_pipeline()',
+        )
+
+
+def require_stage(gm: fx.GraphModule, stage: Stage, pipeline: Pipeline) -> None:
+    """Refuses the result of a pipeline that ends too early.
+
+    Raises:
+        UserError: the graph is in another stage.
+    """
+    reached = graph_info(gm).stage
+    if reached is not stage:
+        raise UserError(
+            f"the pipeline ends with a graph in stage {reached}, not {stage}",
+            where=str(pipeline),
+            fix="change prepare_pipeline() or convert_pipeline() instead of starting from nothing",
+        )
 
 
 def check_tensors(model: nn.Module) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from qgraph.errors import QuantizationError, UserError, did_you_mean
-from qgraph.numerics import Format, QType, as_format, qint8, qint16
+from qgraph.numerics import Format, QType, as_format, qint8, qint16, qparams_from_scale
 from qgraph.quantization.observers import Observer, observer_name
 
 
@@ -38,10 +39,18 @@ class QConfig:
     fixed_scale: float | None = None
 
     def __post_init__(self) -> None:
-        observer_name(self.activation_observer)
-        observer_name(self.weight_observer)
-        if self.fixed_scale is not None and not 0 < self.fixed_scale < float("inf"):
-            raise QuantizationError(f"a fixed scale of {self.fixed_scale} is not usable", fix="give a finite scale > 0")
+        # Names and torch dtypes are as good as formats, classes as good as names.
+        object.__setattr__(self, "output", as_format(self.output))
+        object.__setattr__(self, "weight", as_format(self.weight))
+        if self.input is not None:
+            object.__setattr__(self, "input", as_format(self.input))
+        object.__setattr__(self, "activation_observer", observer_name(self.activation_observer))
+        object.__setattr__(self, "weight_observer", observer_name(self.weight_observer))
+        if self.fixed_scale is not None:
+            given: Any = self.fixed_scale
+            if isinstance(given, bool) or not isinstance(given, Real):
+                raise QuantizationError(f"a fixed scale of {given!r} is no number", fix="give a float")
+            qparams_from_scale(self.fixed_scale, qint8)
 
 
 def get_qconfig(
@@ -139,7 +148,13 @@ class ModuleNameQconfigSetter:
     qconfigs: Mapping[str, QConfig]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.qconfigs, Mapping):
+            raise UserError(
+                f"ModuleNameQconfigSetter was given a {type(self.qconfigs).__name__}", fix='give {"name": QConfig(...)}'
+            )
         for key, value in self.qconfigs.items():
+            if not isinstance(key, str):
+                raise UserError(f"the name {key!r} of a setting is a {type(key).__name__}", fix="give site names")
             if not isinstance(value, QConfig):
                 raise UserError(
                     f"the configuration for {key!r} is a {type(value).__name__}", fix="give QConfig or get_qconfig(...)"
@@ -191,11 +206,11 @@ def as_setters(value: Any) -> tuple[QConfigSetter, ...]:
     for entry in given:
         if isinstance(entry, QConfig):
             setters.append(DefaultQconfigSetter(entry, "qconfig"))
-        elif isinstance(entry, QConfigSetter):
+        elif isinstance(entry, QConfigSetter) and not isinstance(entry, type):
             setters.append(entry)
         else:
             raise UserError(
-                f"qconfig_setter holds a {type(entry).__name__}",
+                f"qconfig_setter holds {entry!r}",
                 fix="give a QConfig, a setter such as ModuleNameQconfigSetter, or a tuple of these",
             )
     if not any(isinstance(setter, DefaultQconfigSetter) for setter in setters):
@@ -211,8 +226,13 @@ def resolve(setters: Iterable[QConfigSetter], query: SiteQuery) -> tuple[QConfig
     """
     for setter in setters:
         qconfig = setter.decide(query)
-        if qconfig is not None:
+        if isinstance(qconfig, QConfig):
             return qconfig, setter.name
+        if qconfig is not None:
+            raise QuantizationError(
+                f"the setter {setter.name} answered {qconfig!r} for site {query.site}",
+                fix="let decide() return a QConfig, or None to leave the site to the next setter",
+            )
     raise QuantizationError(f"no setter answers for site {query.site}", fix="end the setters with a default")
 
 
@@ -222,14 +242,19 @@ def check_all_used(setters: Iterable[QConfigSetter], queries: Sequence[SiteQuery
     Raises:
         QuantizationError: a name matched nothing; close matches are given.
     """
-    known = [name for query in queries for name in query.names]
+    left = queries
     for setter in setters:
-        for key in setter.unused(queries):
+        if isinstance(setter, DefaultQconfigSetter):
+            left = ()  # it answers for every site, so that nobody asks those after it
+            continue
+        for key in setter.unused(left):
+            known = [name for query in queries for name in query.names]
             raise QuantizationError(
                 f"the {setter.name} setting for {key!r} has no effect",
-                why="no quantized site of the graph has that name, or a longer name always wins",
+                why="no quantized site of the graph has that name, or a longer name or an earlier setter always wins",
                 fix=did_you_mean(key, known),
             )
+        left = [query for query in left if setter.decide(query) is None]
 
 
 def require_integer(value: Format, where: str) -> QType:

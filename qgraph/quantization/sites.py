@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TypeAlias
 
+import torch
 from torch import fx
 
-from qgraph.errors import StateError, UserError
+from qgraph.errors import QuantizationError, StateError, UserError, did_you_mean
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import graph_info, info, module_of
 from qgraph.ir.op_table import FUSABLE
@@ -14,7 +16,10 @@ from qgraph.ir.stage import Stage
 from qgraph.lowering.products import accumulator_step, scale_repeats
 from qgraph.nn import Fused
 from qgraph.quantization.fake_quantize import BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qgraph.quantization.observers import Observer
 from qgraph.quantization.states import FakeQuantState
+
+Quantizer: TypeAlias = FakeQuantize | BiasFakeQuantize
 
 
 def require_prepared(model: object, what: str) -> fx.GraphModule:
@@ -37,55 +42,91 @@ def require_prepared(model: object, what: str) -> fx.GraphModule:
     return model
 
 
-def fake_quantizers(gm: fx.GraphModule) -> Iterator[FakeQuantize]:
-    """Every activation and weight site, in order of registration, each once."""
-    for module in gm.modules():
-        if isinstance(module, FakeQuantize):
-            yield module
+def require_float32(gm: fx.GraphModule) -> None:
+    """Refuses a prepared graph that was moved to another dtype.
+
+    Raises:
+        QuantizationError: a parameter is not float32; the message names it.
+    """
+    for name, parameter in gm.named_parameters():
+        if parameter.dtype is not torch.float32:
+            raise QuantizationError(
+                f"{name} of the prepared graph is {parameter.dtype}",
+                why="it was moved there after prepare, and scales are found in float32",
+                fix="prepare the float32 model again, and leave the dtype as it is",
+            )
 
 
-def activation_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, FakeQuantize]]:
-    """The node of every rounded activation in execution order, with its fake quantization."""
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            module = module_of(node)
-            if isinstance(module, FakeQuantize):
-                yield node.all_input_nodes[0], module
-
-
-def set_fake_quantize(model: fx.GraphModule, state: FakeQuantState) -> None:
-    """Puts every site of a prepared model into `state`.
+def set_fake_quantize(model: fx.GraphModule, state: FakeQuantState, sites: Iterable[str] | None = None) -> None:
+    """Puts the sites of a prepared model into `state`.
 
     Moving to VALIDATION computes scales that calibration or training left open, and those of the current weights.
 
     Args:
         model: what `prepare` returned.
         state: FLOAT, CALIBRATION, QAT or VALIDATION.
+        sites: names of the sites to move, such as `conv1`, `conv1.weight` and `conv1.bias`; all of them if None.
 
     Raises:
         StateError: the move needs data the model has not seen.
-        UserError: `model` is not prepared or `state` is no state.
+        UserError: `model` is not prepared, `state` is no state, or there is no such site.
     """
     gm = require_prepared(model, "set_fake_quantize")
     if not isinstance(state, FakeQuantState):
         raise UserError(f"{state!r} is no FakeQuantState", fix="use for example FakeQuantState.VALIDATION")
+    chosen = list(quantizers(gm)) if sites is None else _named(gm, sites)
     if state is FakeQuantState.VALIDATION:
-        settle(gm)
+        settle(gm, chosen)
+    for module in chosen:
+        module.state = state
+
+
+def quantizers(gm: fx.GraphModule) -> Iterator[Quantizer]:
+    """Every site of activations, weights and biases, each once."""
     for module in gm.modules():
         if isinstance(module, (FakeQuantize, BiasFakeQuantize)):
-            module.state = state
+            yield module
 
 
-def settle(gm: fx.GraphModule) -> None:
-    """Computes every scale from what was observed, and the bias steps that follow from them.
+def _named(gm: fx.GraphModule, sites: Iterable[str]) -> list[Quantizer]:
+    if isinstance(sites, str):
+        raise UserError(f"sites is the text {sites!r}", fix=f"give a list of names: sites=[{sites!r}]")
+    known = {module.site: module for module in quantizers(gm)}
+    wanted = list(sites)
+    for site in wanted:
+        if site not in known:
+            raise UserError(f"the prepared graph has no site {site!r}", fix=did_you_mean(str(site), known))
+    return [known[site] for site in wanted]
+
+
+def snapshot(gm: fx.GraphModule) -> Callable[[], None]:
+    """Remembers states, ranges and scales; returns the function that brings them back."""
+    kept = [
+        (module, module.state if isinstance(module, (FakeQuantize, BiasFakeQuantize)) else None, dict(module._buffers))
+        for module in gm.modules()
+        if isinstance(module, (FakeQuantize, BiasFakeQuantize, Observer))
+    ]
+
+    def restore() -> None:
+        for module, state, buffers in kept:
+            module._buffers.update(buffers)  # they are replaced, never written to
+            if state is not None and isinstance(module, (FakeQuantize, BiasFakeQuantize)):
+                module.state = state
+
+    return restore
+
+
+def settle(gm: fx.GraphModule, chosen: Collection[Quantizer]) -> None:
+    """Computes the scales of some sites from what was observed, and the bias steps that follow from them.
 
     Raises:
         StateError: a site has seen no data.
         QuantizationError: a site has seen NaN or infinite values.
     """
+    wanted = set(chosen)
     unseen = []
-    for module in fake_quantizers(gm):
-        if isinstance(module, WeightFakeQuantize):
+    for module in chosen:
+        if isinstance(module, (WeightFakeQuantize, BiasFakeQuantize)):
             continue
         if module.observer is not None and module.observer.observed:
             module.settle()
@@ -99,35 +140,36 @@ def settle(gm: fx.GraphModule) -> None:
             why="a scale is computed from the values that pass a site, and none have",
             fix="run qgraph.calibrate(model, loader) before VALIDATION and convert",
         )
-    _settle_weights(gm)
-    refresh_bias_steps(gm)
+    _settle_weights(gm, wanted)
+    _refresh_bias_steps(gm, wanted)
 
 
-def _settle_weights(gm: fx.GraphModule) -> None:
-    done: set[int] = set()
+def _settle_weights(gm: fx.GraphModule, wanted: set[Quantizer]) -> None:
+    left = {module for module in wanted if isinstance(module, WeightFakeQuantize)}
     for module in gm.modules():
-        quantizer = getattr(module, "weight_fake_quant", None)
-        if not isinstance(module, Fused) or not isinstance(quantizer, FakeQuantize) or id(quantizer) in done:
+        quantizer = module.weight_fake_quant if isinstance(module, Fused) else None
+        if not isinstance(quantizer, WeightFakeQuantize) or quantizer not in left:
             continue
-        done.add(id(quantizer))
+        left.discard(quantizer)
         if quantizer.observer is not None:
             quantizer.observer.reset()
             quantizer.observer(module.weight)
         quantizer.settle()
 
 
-def refresh_bias_steps(gm: fx.GraphModule) -> None:
-    """Writes the accumulator's step, input scale times weight scale, into every bias quantization."""
+def _refresh_bias_steps(gm: fx.GraphModule, wanted: set[Quantizer]) -> None:
+    """Writes the accumulator's step, input scale times weight scale, into bias quantizations."""
     for node in gm.graph.nodes:
         if node.op != "call_module" or info(node).op not in FUSABLE:
             continue
         module = module_of(node)
-        if not isinstance(module, Fused) or not isinstance(module.bias_fake_quant, BiasFakeQuantize):
+        bias = module.bias_fake_quant if isinstance(module, Fused) else None
+        if not isinstance(bias, BiasFakeQuantize) or bias not in wanted:
             continue
         source = source_quantizer(bind(node).operand("input"))
         weight = module.weight_fake_quant
         if source is not None and isinstance(weight, FakeQuantize):
-            module.bias_fake_quant.step = accumulator_step(source.qparams(), weight.qparams(), scale_repeats(node))
+            bias.step = accumulator_step(source.qparams(), weight.qparams(), scale_repeats(node))
 
 
 def source_quantizer(node: fx.Node) -> FakeQuantize | None:

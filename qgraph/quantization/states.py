@@ -19,7 +19,3 @@ class FakeQuantState(str, Enum):
 
     def __str__(self) -> str:
         return self.value
-
-
-# States that round need scales; all other moves are free.
-NEEDS_SCALES = (FakeQuantState.VALIDATION,)

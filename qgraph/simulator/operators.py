@@ -51,9 +51,9 @@ def _like(x: torch.Tensor, shape: Sequence[int], format: str) -> torch.Tensor:
 
 def _fake_conv(x, weight, bias, residual, multiplier, shift, residual_multiplier, **options):  # type: ignore[no-untyped-def]
     rank, groups = weight.dim() - 2, options["groups"]
-    out = [x.shape[0], weight.shape[1] * groups if options["transposed"] else weight.shape[0]]
+    out = [*x.shape[: -rank - 1], weight.shape[1] * groups if options["transposed"] else weight.shape[0]]
     for axis in range(rank):
-        size, kernel = x.shape[2 + axis], weight.shape[2 + axis]
+        size, kernel = x.shape[axis - rank], weight.shape[2 + axis]
         step, pad, dilation = (options[name][axis] for name in ("stride", "padding", "dilation"))
         reach = dilation * (kernel - 1)
         if options["transposed"]:

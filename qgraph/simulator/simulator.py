@@ -24,6 +24,8 @@ from qgraph.ir.evaluate import call_node, evaluate
 from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import graph_info, info, where
 from qgraph.ir.op import OpKind
+from qgraph.ir.op_table import CONSTANT
+from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.stage import Stage
 from qgraph.simulator.cost import OpCost, op_cost
 from qgraph.simulator.reference import KERNELS as REFERENCE
@@ -78,7 +80,7 @@ class SimulatorRun:
     Args:
         output: what the model returns; None if the run was stopped.
         values: recorded tensors by site: codes, or reals in float islands.
-        ops: one report per operator, in execution order, if recording.
+        ops: one report per operator, in execution order; empty unless `record=True`.
         stopped_at: the site the run was stopped at.
     """
 
@@ -89,16 +91,21 @@ class SimulatorRun:
 
     @property
     def saturated(self) -> int:
-        """Results that did not fit their format, over the whole run."""
-        return sum(op.saturated for op in self.ops)
+        """Results that did not fit their format, over the whole run; needs `record=True`."""
+        return sum(op.saturated for op in self._counted())
 
     @property
     def cycles(self) -> float:
-        """Estimated cycles of the whole graph on the example's shapes."""
-        return sum(op.cost.cycles for op in self.ops)
+        """Estimated cycles of the operators that ran, on the example's shapes; needs `record=True`."""
+        return sum(op.cost.cycles for op in self._counted())
+
+    def _counted(self) -> list[OpReport]:
+        if not self.ops:
+            raise UserError("this run counted nothing", fix="run with record=True: simulator.run(x, record=True)")
+        return self.ops
 
     def report(self) -> str:
-        """A table with one row per operator."""
+        """A table with one row per operator; needs `record=True`."""
         rows = [
             (
                 op.site,
@@ -110,7 +117,7 @@ class SimulatorRun:
                 op.cost.bound,
                 op.saturated,
             )
-            for op in self.ops
+            for op in self._counted()
         ]
         headers = ("site", "op", "unit", "MACs", "bytes", "cycles", "bound", "saturated")
         return tabulate(rows, headers=headers)
@@ -186,18 +193,36 @@ class Simulator:
         Raises:
             UserError: a site does not exist, or an injected tensor does not fit it.
         """
-        wanted = None if isinstance(record, bool) else set(record)
-        for site in (*(wanted or ()), *(inject or ()), *(() if stop_at is None else (stop_at,))):
-            if site not in self.sites:
-                raise UserError(f"the integer graph has no site {site!r}", fix=did_you_mean(site, self.sites))
+        if isinstance(record, str) or not isinstance(record, Iterable | bool):
+            raise UserError(f"record is {record!r}", fix=f"give True or a list of sites: record=[{record!r}]")
+        wanted = set() if isinstance(record, bool) else set(record)
+        injected = dict(inject or {})
+        self._check_sites(wanted, injected, stop_at)
         result = SimulatorRun()
-        session = _Session(self, result, record is True, wanted or set(), stop_at, dict(inject or {}))
+        session = _Session(self, result, record is True, wanted, stop_at, injected)
         with torch.no_grad():
             try:
                 result.output = evaluate(self.gm, args, kwargs, call=session.call, observe=session.observe)
             except _Stop:
                 result.stopped_at = stop_at
         return result
+
+    def _check_sites(self, wanted: set[str], injected: Mapping[str, Any], stop_at: str | None) -> None:
+        for site in (*wanted, *injected, *(() if stop_at is None else (stop_at,))):
+            if site not in self.sites:
+                raise UserError(f"the integer graph has no site {site!r}", fix=did_you_mean(str(site), self.sites))
+        order = {site: position for position, site in enumerate(self.sites)}
+        for site, given in injected.items():
+            if self.sites[site].op == "placeholder":
+                raise UserError(f"{site!r} is an input of the graph", fix="give its values as an argument of the run")
+            if not isinstance(given, torch.Tensor):
+                raise UserError(f"a {type(given).__name__} is injected at {site!r}", fix="inject a tensor")
+            if stop_at is not None and order[site] > order[stop_at]:
+                raise UserError(
+                    f"the tensor injected at {site!r} would never be used",
+                    why=f"the run stops at {stop_at!r}, which comes before",
+                    fix="stop later, or leave the injection out",
+                )
 
 
 @dataclass
@@ -220,14 +245,14 @@ class _Session:
             value = kernel(*args, **kwargs)
         else:
             value = kernel(*args, **kwargs, trace=trace)
-        if trace is not None and _is_site(node):
+        if trace is not None:
             self._report(node, value, trace)
         site = info(node).site
         return self._injected(site, value) if site in self.inject and _is_site(node) else value
 
     def observe(self, node: fx.Node, value: Any) -> None:
         site = info(node).site
-        if not _is_site(node) or not isinstance(value, torch.Tensor):
+        if not _is_site(node):
             return
         if self.record_all or site in self.wanted or site == self.stop_at:
             self.result.values[site] = value
@@ -242,16 +267,17 @@ class _Session:
         elements = value.numel() if isinstance(value, torch.Tensor) else 0
         self.result.ops.append(OpReport(record.site, record.op.name, cost, trace.saturated, trace.overflowed, elements))
 
-    def _injected(self, site: str, value: Any) -> torch.Tensor:
+    def _injected(self, site: str, value: torch.Tensor) -> torch.Tensor:
         given = self.inject[site]
-        if not isinstance(value, torch.Tensor) or given.shape != value.shape or given.dtype != value.dtype:
-            expected = f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else "no tensor"
+        if given.shape != value.shape or given.dtype != value.dtype:
             raise UserError(
-                f"the tensor injected at {site!r} is {list(given.shape)} {given.dtype}, the site holds {expected}",
-                fix="inject codes of the site's own shape and dtype",
+                f"the tensor injected at {site!r} is {list(given.shape)} {given.dtype}, "
+                f"the site holds {list(value.shape)} {value.dtype}",
+                fix="inject codes of the site's own shape and dtype, for as many samples as the run has",
             )
         return given
 
 
 def _is_site(node: fx.Node) -> bool:
-    return info(node).op.kind not in (OpKind.OUTPUT, OpKind.CONSTANT)
+    """Whether a node computes (or is given) one tensor."""
+    return tensor_spec(node) is not None and info(node).op is not CONSTANT

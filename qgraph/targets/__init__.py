@@ -1,15 +1,8 @@
 """Hardware targets as data."""
 
-from qgraph.targets.target import (
-    ENTRY_POINT_GROUP,
-    LegalFormats,
-    OpRule,
-    Target,
-    get_target,
-    list_targets,
-    load_target,
-    parse_target,
-)
+from qgraph.targets.find import ENTRY_POINT_GROUP, get_target, list_targets, load_target
+from qgraph.targets.parse import parse_target
+from qgraph.targets.target import LegalFormats, OpRule, Target
 
 __all__ = [
     "ENTRY_POINT_GROUP",

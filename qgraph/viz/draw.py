@@ -4,13 +4,12 @@
     draw_diff(before, after, "diff.svg")
 
 One box per operator, grouped by the user's modules; formats and scales stand on the edges; fused operators, float
-islands, stubs and shared modules have colours of their own, explained in a legend. Fake quantizations and constants are
-drawn as labels, not as boxes.
+islands and stubs have colours of their own, explained in a legend; calls that share weights say so. Fake quantizations,
+weights and multipliers are drawn as labels, not as boxes. In an SVG, resting on a box shows its line of the text form.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
@@ -18,17 +17,14 @@ from typing import cast
 import pydot
 from torch import fx
 
-from qgraph.errors import DrawError
-from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import graph_info, info
 from qgraph.ir.op import OpKind
-from qgraph.ir.op_table import CONSTANT, FAKE_QUANT, GUARD, OPAQUE
-from qgraph.ir.stage import Stage
-from qgraph.ir.text import called_name
-from qgraph.ir.values import format_spec
-from qgraph.viz.style import EDGE, GRAPH, NODE, Role, role_of, wrapped
+from qgraph.viz.dot import quoted, write
+from qgraph.viz.labels import box_text, hover_text, is_hidden, shared_calls, sources, value_text
+from qgraph.viz.style import CLUSTER, EDGE, GRAPH, NODE, VALUE, Role, role_of
 
-FORMATS = (".dot", ".svg", ".png")
+_STRAIGHT = 10
+"""Weight of edges along a chain, against 1: graphviz bends others first."""
 
 
 def draw(gm: fx.GraphModule, path: str | Path, *, title: str | None = None) -> Path:
@@ -43,242 +39,129 @@ def draw(gm: fx.GraphModule, path: str | Path, *, title: str | None = None) -> P
         The path written.
 
     Raises:
-        DrawError: the ending is unknown, or graphviz is missing or fails; nothing is left behind.
+        DrawError: the ending is unknown, graphviz is missing or fails, or the file cannot be written; nothing is left
+            behind.
     """
     return write(to_dot(gm, title=title), path)
-
-
-def draw_diff(before: fx.GraphModule, after: fx.GraphModule, path: str | Path, *, title: str | None = None) -> Path:
-    """Draws two graphs side by side: removed nodes red, new ones green, changed ones yellow, the rest grey.
-
-    Nodes are paired by site; a pair has changed if its text form differs.
-
-    Raises:
-        DrawError: as for `draw`.
-    """
-    old, new = _descriptions(before), _descriptions(after)
-    heading = title or f"{graph_info(before).model}: {graph_info(before).stage} to {graph_info(after).stage}"
-    dot = pydot.Dot("diff", graph_type="digraph", label=heading, labelloc="t", **GRAPH)
-    for label, gm, ours, theirs in (("before", before, old, new), ("after", after, new, old)):
-        side = pydot.Cluster(label, label=label, style="rounded", color="#888888", fontsize="12")
-        roles = {
-            site: (Role.REMOVED if label == "before" else Role.ADDED)
-            if site not in theirs
-            else (Role.CHANGED if theirs[site] != text else Role.UNCHANGED)
-            for site, text in ours.items()
-        }
-        _add_graph(side, gm, prefix=f"{label}_", roles=roles)
-        dot.add_subgraph(cast(pydot.Subgraph, side))
-    dot.add_node(_legend(Role.diff_roles()))
-    return write(dot, path)
 
 
 def to_dot(gm: fx.GraphModule, *, title: str | None = None) -> pydot.Dot:
     """The pydot graph of a picture, for further changes."""
     head = graph_info(gm)
     target = f", target {head.target}" if head.target else ""
-    heading = title or f"{head.model} ({head.stage}{target})"
-    dot = pydot.Dot("graph", graph_type="digraph", label=heading, labelloc="t", **GRAPH)
-    used = _add_graph(dot, gm, prefix="", roles=None)
-    dot.add_node(_legend(used))
+    dot = empty_picture(title or f"{head.model} ({head.stage}{target})")
+    roles = {node: role_of(node) for node in gm.graph.nodes if not is_hidden(node)}
+    add_graph(dot, gm, roles)
+    dot.add_node(legend({role: role.meaning for role in roles.values()}))
     return dot
 
 
-def write(dot: pydot.Dot, path: str | Path) -> Path:
-    """Writes a pydot graph as .dot, .svg or .png.
+def empty_picture(heading: str) -> pydot.Dot:
+    """A picture with nothing but a heading."""
+    return pydot.Dot("picture", graph_type="digraph", label=quoted(heading), labelloc="t", **GRAPH)
 
-    Raises:
-        DrawError: as for `draw`.
+
+def add_graph(parent: pydot.Graph, gm: fx.GraphModule, roles: Mapping[fx.Node, Role], *, prefix: str = "") -> None:
+    """Adds a box for every node that has a role, in clusters by module, and the values that flow between them.
+
+    A value is a small text of its own in the middle of its edges: graphviz lets labels of edges run over other edges.
     """
-    target = Path(path)
-    if target.suffix not in FORMATS:
-        raise DrawError(
-            f"cannot draw to {target.name!r}",
-            why=f"the ending {target.suffix!r} names no known format",
-            fix=f"use one of {', '.join(FORMATS)}",
+    sharing = shared_calls(gm)
+    composites = {path for node in roles if info(node).inner for path in _parents(_module_path(node))}
+    paths = {node: _module_path(node, composites) for node in roles}
+    clusters = _Clusters(parent, prefix, paths.values())
+    chains = _chains(roles)
+    for node, role in roles.items():
+        box = pydot.Node(
+            _name(node, prefix),
+            label=quoted(box_text(node, sharing.get(node))),
+            tooltip=quoted(hover_text(node)),
+            group=f"{prefix}{chains[node]}",
+            fillcolor=role.fill,
+            color=role.line,
+            **NODE,
         )
-    if target.parent != Path() and not target.parent.is_dir():
-        raise DrawError(f"the folder {target.parent} does not exist", fix="create it first")
-    if target.suffix == ".dot":
-        target.write_text(dot.to_string(), encoding="utf-8")
-        return target
-    if shutil.which("dot") is None:
-        raise DrawError(
-            f"{target.suffix} pictures need the program 'dot' of graphviz, which is not installed",
-            fix="install it (Debian: apt-get install graphviz, macOS: brew install graphviz), or draw to .dot",
-        )
-    try:
-        data = dot.create(format=target.suffix.removeprefix("."))
-    except Exception as error:
-        raise DrawError(
-            "graphviz could not lay the graph out", why=str(error), fix="draw to .dot and look at it"
-        ) from error
-    target.write_bytes(cast(bytes, data))
-    return target
+        clusters.holder(paths[node]).add_node(box)
+    for node in roles:
+        for source, operand in sources(node):
+            value = _name(operand, prefix, " value")
+            if not clusters.holder(paths[source]).get_node(value):
+                text = quoted(value_text(operand))
+                clusters.holder(paths[source]).add_node(
+                    pydot.Node(value, label=text, group=f"{prefix}{chains[source]}", **VALUE)
+                )
+                parent.add_edge(pydot.Edge(_name(source, prefix), value, arrowhead="none", weight=_STRAIGHT, **EDGE))
+            weight = _STRAIGHT if chains[source] == chains[node] else 1
+            parent.add_edge(pydot.Edge(value, _name(node, prefix), weight=weight, **EDGE))
 
 
-def _add_graph(parent: pydot.Graph, gm: fx.GraphModule, *, prefix: str, roles: Mapping[str, Role] | None) -> list[Role]:
-    """Adds nodes, module clusters and edges; returns the roles that occur."""
-    drawn = [node for node in gm.graph.nodes if not _hidden(node)]
-    clusters = _Clusters(parent, prefix, [_module_path(node) for node in drawn])
-    used: dict[Role, None] = {}
-    for node in drawn:
-        role = role_of(node) if roles is None else roles.get(info(node).site, Role.UNCHANGED)
-        used[role] = None
-        clusters.holder(_module_path(node)).add_node(
-            pydot.Node(f"{prefix}{node.name}", label=_label(node), **NODE, fillcolor=role.fill, color=role.line)
-        )
-    for node in drawn:
-        for source, label in _sources(node):
-            parent.add_edge(pydot.Edge(f"{prefix}{source.name}", f"{prefix}{node.name}", label=label, **EDGE))
-    return list(used)
+def _name(node: fx.Node, prefix: str, suffix: str = "") -> str:
+    return quoted(f"{prefix}%{node.name}{suffix}")
+
+
+def legend(meanings: Mapping[Role, str]) -> pydot.Node:
+    """A box that explains the colours."""
+    rows = "".join(
+        f'<TR><TD BGCOLOR="{role.fill}" COLOR="{role.line}" BORDER="1" WIDTH="18"></TD>'
+        f'<TD ALIGN="LEFT" BORDER="0">{meaning}</TD></TR>'
+        for role, meaning in sorted(meanings.items(), key=lambda pair: list(Role).index(pair[0]))
+    )
+    table = f'<<TABLE BORDER="0" CELLSPACING="3" CELLPADDING="3">{rows}</TABLE>>'
+    return pydot.Node("legend", shape="plaintext", label=table, tooltip="legend", fontname="Helvetica", fontsize="9")
 
 
 class _Clusters:
     """Nested boxes for module paths; a path that holds fewer than two nodes gets none."""
 
-    def __init__(self, parent: pydot.Graph, prefix: str, paths: Iterable[str]) -> None:
-        self.root = parent
+    def __init__(self, root: pydot.Graph, prefix: str, paths: Iterable[str]) -> None:
+        self.root = root
         self.prefix = prefix
         self.known: dict[str, pydot.Cluster] = {}
         self.counts: dict[str, int] = {}
         for path in paths:
-            parts = path.split(".") if path else []
-            for depth in range(1, len(parts) + 1):
-                inner = ".".join(parts[:depth])
+            for inner in _parents(path):
                 self.counts[inner] = self.counts.get(inner, 0) + 1
 
     def holder(self, path: str) -> pydot.Graph:
         """The box in which a node of module `path` belongs."""
-        current: pydot.Graph = self.root
-        parts = path.split(".") if path else []
-        for depth in range(1, len(parts) + 1):
-            inner = ".".join(parts[:depth])
+        current = self.root
+        for inner in _parents(path):
             if self.counts[inner] < 2:
                 break
             if inner not in self.known:
-                cluster = pydot.Cluster(
-                    f"{self.prefix}{inner}",
-                    label=inner,
-                    style="rounded",
-                    color="#a0a8b8",
-                    fontcolor="#505868",
-                    fontsize="11",
-                )
+                name = f"{self.prefix}{len(self.known)}"  # pydot cannot quote cluster names; the label is the path
+                cluster = pydot.Cluster(name, label=quoted(inner), tooltip=quoted(inner), **CLUSTER)
                 current.add_subgraph(cast(pydot.Subgraph, cluster))
                 self.known[inner] = cluster
             current = self.known[inner]
         return current
 
 
-def _hidden(node: fx.Node) -> bool:
+def _parents(path: str) -> list[str]:
+    """`a.b.c` to `a`, `a.b`, `a.b.c`."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+
+
+def _chains(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
+    """Groups that graphviz draws as straight lines: a node continues the chain of its first operand if it is first."""
+    chains: dict[fx.Node, str] = {}
+    continued: set[fx.Node] = set()
+    for number, node in enumerate(nodes):
+        first = next((source for source, _ in sources(node)), None)
+        goes_on = first in chains and first not in continued
+        chains[node] = chains[first] if goes_on and first is not None else f"chain{number}"
+        if first is not None:
+            continued.add(first)
+    return chains
+
+
+def _module_path(node: fx.Node, composites: Iterable[str] = ()) -> str:
+    """The module box of a node: the owner of a module call, the running module of a function, its own composite."""
     record = info(node)
-    return record.op in (CONSTANT, FAKE_QUANT, GUARD) and not _is_data(node)
-
-
-def _is_data(node: fx.Node) -> bool:
-    """A constant that is an operand in its own right, not a parameter of an operator that shows it in its label."""
-    if info(node).op is not CONSTANT:
-        return False
-    owner = node.graph.owning_module
-    if isinstance(owner, fx.GraphModule) and graph_info(owner).stage is Stage.INTEGER:
-        return info(node).qparams is not None
-    return True
-
-
-def _module_path(node: fx.Node) -> str:
-    """The module box of a node: the owner of a module call, the running module of a function."""
-    record = info(node)
+    if record.op.kind is OpKind.STUB and record.created_by != "capture" and node.all_input_nodes:
+        return _module_path(node.all_input_nodes[0], composites)
     base = record.site.partition("(")[0]
+    if base in composites:
+        return base
     return base.rpartition(".")[0] if "." in base else record.module
-
-
-def _sources(node: fx.Node) -> list[tuple[fx.Node, str]]:
-    """Where a node's data comes from, with the label of the edge; hidden nodes are looked through."""
-    found = []
-    operands = node.all_input_nodes
-    for operand in operands:
-        label = _edge_label(operand)
-        source = operand
-        while _hidden(source) and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        if not _hidden(source):
-            found.append((source, label))
-    return found
-
-
-def _edge_label(node: fx.Node) -> str:
-    record = info(node)
-    shape = format_spec(record.value) if record.value is not None else ""
-    if record.qparams is not None:
-        return f"{record.qparams}\n{shape}"
-    producer = node.all_input_nodes[0] if record.op is FAKE_QUANT else node
-    plan = info(producer).plan
-    if plan is None:
-        return shape
-    scale = _known_scale(node)
-    return f"{plan.format}{scale}\n{shape}"
-
-
-def _known_scale(node: fx.Node) -> str:
-    owner = node.graph.owning_module
-    if owner is None or node.op != "call_module":
-        return ""
-    scale = getattr(owner.get_submodule(str(node.target)), "scale", None)
-    if scale is None or not hasattr(scale, "dim") or scale.dim() > 0:
-        return ""
-    return f"*{scale.item():.4g}"
-
-
-def _label(node: fx.Node) -> str:
-    record = info(node)
-    if record.op.kind is OpKind.OUTPUT:
-        return "output"
-    kind = _kind(node)
-    lines = [kind, wrapped(record.site)]
-    if record.weight_plan is not None:
-        lines.append(f"weight {record.weight_plan.format}")
-    weights = [
-        used for used in node.all_input_nodes if info(used).op is CONSTANT and str(used.target).endswith("_weight")
-    ]
-    lines += [f"weight {format_spec(info(weight).value)}" for weight in weights]
-    if record.float_reason is not None:
-        lines.append("float: " + wrapped(record.float_reason, width=28))
-    return "\n".join(line for line in lines if line)
-
-
-def _kind(node: fx.Node) -> str:
-    """The operator, with what is fused into it."""
-    record = info(node)
-    if record.op is OPAQUE:
-        return called_name(node)
-    parts = [record.op.name]
-    if node.op == "call_module" and node.graph.owning_module is not None:
-        module = node.graph.owning_module.get_submodule(str(node.target))
-        parts += ["add"] if getattr(module, "adds", False) else []
-        activation = str(getattr(module, "activation", "none"))
-        parts += [activation] if activation != "none" else []
-    elif integer_name(node.target) in ("conv", "linear"):
-        parts += ["add"] if node.args[3] is not None else []
-        parts += ["relu"] if node.kwargs.get("low") == 0 else []
-    return " + ".join(parts)
-
-
-def _descriptions(gm: fx.GraphModule) -> dict[str, str]:
-    """Site to a text that changes when the node does."""
-    return {
-        # An input is named by the last captured node it stands for, so that fusion above does not count as a change.
-        info(node).site: f"{_kind(node)} {[info(used).stands_for[-1] for used in node.all_input_nodes]}"
-        for node in gm.graph.nodes
-        if not _hidden(node)
-    }
-
-
-def _legend(roles: Iterable[Role]) -> pydot.Node:
-    rows = "".join(
-        f'<TR><TD BGCOLOR="{role.fill}" COLOR="{role.line}" BORDER="1" WIDTH="18"></TD>'
-        f'<TD ALIGN="LEFT" BORDER="0">{role.meaning}</TD></TR>'
-        for role in sorted(roles, key=list(Role).index)
-    )
-    table = f'<<TABLE BORDER="0" CELLSPACING="3" CELLPADDING="3">{rows}</TABLE>>'
-    return pydot.Node("legend", shape="plaintext", label=table, fontname="Helvetica", fontsize="9")

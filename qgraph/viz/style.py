@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-import textwrap
 from enum import Enum
 from typing import Any
 
 from torch import fx
 
+from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import graph_info, info
 from qgraph.ir.op import OpKind
 from qgraph.ir.stage import Stage
 from qgraph.nn import Activation, Fused
 
 _FONT = {"fontname": "Helvetica"}
-GRAPH: dict[str, Any] = {**_FONT, "fontsize": "14", "rankdir": "TB", "nodesep": "0.25", "ranksep": "0.35"}
+# newrank: graphviz's older ranking cannot place boxes whose nodes alternate with nodes outside them.
+GRAPH: dict[str, Any] = {
+    **_FONT,
+    "fontsize": "14",
+    "rankdir": "TB",
+    "nodesep": "0.25",
+    "ranksep": "0.15",
+    "newrank": "true",
+    "charset": "UTF-8",
+}
+CLUSTER: dict[str, Any] = {
+    **_FONT,
+    "labeljust": "l",
+    "style": "rounded",
+    "color": "#a0a8b8",
+    "fontcolor": "#505868",
+    "fontsize": "11",
+}
 NODE: dict[str, Any] = {**_FONT, "shape": "box", "style": "rounded,filled", "fontsize": "10", "margin": "0.12,0.06"}
-EDGE: dict[str, Any] = {**_FONT, "fontsize": "8", "fontcolor": "#555555", "color": "#666666", "arrowsize": "0.6"}
+VALUE: dict[str, Any] = {
+    **_FONT,
+    "shape": "plaintext",
+    "fontsize": "8",
+    "fontcolor": "#555555",
+    "margin": "0.02,0.01",
+    "width": "0.1",
+    "height": "0.1",
+}
+EDGE: dict[str, Any] = {"color": "#666666", "arrowsize": "0.6"}
 
 
 class Role(Enum):
@@ -24,13 +50,14 @@ class Role(Enum):
 
     BORDER = ("#ffffff", "#444444", "input or output")
     MATMUL = ("#cfe2f3", "#3d6fa5", "convolution, linear, matrix product")
-    FUSED = ("#9fc5e8", "#1f5f99", "the same with fused add or activation")
+    FUSED = ("#9fc5e8", "#1f5f99", "fused with batch norm, add or activation")
     ARITHMETIC = ("#d9ead3", "#5a8f4a", "arithmetic, pooling, reduction")
     TABLE = ("#fff2cc", "#b08d2e", "table-driven function")
     MOVE = ("#eeeeee", "#888888", "data movement")
     STUB = ("#ead1dc", "#a64d79", "quantize or dequantize")
     ISLAND = ("#f4cccc", "#cc0000", "stays in float")
-    OTHER = ("#fafafa", "#aaaaaa", "other")
+    CONSTANT = ("#f8f4e6", "#a89968", "constant")
+    OTHER = ("#fafafa", "#aaaaaa", "other operator")
     ADDED = ("#b7e1b0", "#38761d", "new")
     REMOVED = ("#f4b6b6", "#990000", "removed")
     CHANGED = ("#ffe599", "#bf9000", "changed")
@@ -69,6 +96,8 @@ _BY_KIND = {
     OpKind.TABLE: Role.TABLE,
     OpKind.MOVE: Role.MOVE,
     OpKind.STUB: Role.STUB,
+    OpKind.CONSTANT: Role.CONSTANT,
+    OpKind.STRUCTURE: Role.MOVE,
 }
 
 
@@ -80,6 +109,8 @@ def role_of(node: fx.Node) -> Role:
         return Role.ISLAND
     if record.op.kind is OpKind.OPAQUE and isinstance(owner, fx.GraphModule):
         return Role.OTHER if graph_info(owner).stage is Stage.CAPTURED else Role.ISLAND
+    if integer_name(node.target) == "requantize":
+        return Role.ARITHMETIC
     role = _BY_KIND.get(record.op.kind, Role.OTHER)
     if role is Role.MATMUL and (_is_fused(node) or len(record.origins) > 1):
         return Role.FUSED
@@ -92,8 +123,3 @@ def _is_fused(node: fx.Node) -> bool:
         return False
     module = owner.get_submodule(str(node.target))
     return isinstance(module, Fused) and (module.adds or module.activation is not Activation.NONE)
-
-
-def wrapped(text: str, width: int = 36) -> str:
-    """`text` in lines of at most `width` characters."""
-    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text

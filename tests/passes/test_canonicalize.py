@@ -978,14 +978,7 @@ def written_transpose(m, x):
     return 1 - y
 
 
-def written_base(m, x):
-    y = x * 2
-    rows = y.reshape(-1, 2)
-    y.mul_(3)
-    return rows * 2
-
-
-@pytest.mark.parametrize("forward", [written_view, written_transpose, written_base], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("forward", [written_view, written_transpose], ids=lambda f: f.__name__)
 def test_writes_in_place_are_left_alone(forward: Callable[..., Any]) -> None:
     model = Forward(forward)
     result = run_passes(model, torch.randn(2, 4), PASS)

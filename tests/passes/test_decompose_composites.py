@@ -12,10 +12,12 @@ from torch import nn
 
 from qgraph.capture import trace
 from qgraph.ir.node_info import info
+from qgraph.ir.op import OpKind
+from qgraph.ir.op_table import BATCH_NORM, LAYER_NORM
 from qgraph.pipeline import CheckLevel, PassContext, Pipeline
 from qgraph.targets import get_target
 from tests.passes.models import Forward, before_and_after, check_all, check_values, randomize_norms
-from tests.support.passes import count_ops, refusal_with, run_passes
+from tests.support.passes import count_ops, nodes_of, refusal_with, run_passes
 
 DECOMPOSE = "canonicalize,decompose-composites"
 RTOL = 1e-5
@@ -145,3 +147,25 @@ def test_stays_whole_where_the_target_lacks_a_step() -> None:
     result = Pipeline.parse(DECOMPOSE).run(gm, PassContext(target=poor), checks=CheckLevel.CLAIMS)
     refusal_with(result, "the target has no exp")
     assert count_ops(result.gm)["softmax"] == 1
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_with_weight_or_bias_alone(weight: bool, bias: bool) -> None:
+    model = Forward(
+        lambda m, x: F.layer_norm(x, (6,), m.w if weight else None, m.b if bias else None),
+        w=nn.Parameter(torch.randn(6)),
+        b=nn.Parameter(torch.randn(6)),
+    )
+    example = torch.randn(3, 6)
+    gm = run_passes(model, example, "canonicalize,decompose-composites").gm
+    assert not nodes_of(gm, LAYER_NORM)
+    torch.testing.assert_close(gm(example), model(example), rtol=1e-5, atol=1e-6)
+
+
+def test_a_convolution_with_a_computed_weight_is_quantized() -> None:
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU())
+    gm = run_passes(model, torch.randn(2, 3, 8, 8), "fold-constants,canonicalize,fuse-conv-bn-add-relu").gm
+    assert [info(node).op.name for node in gm.graph.nodes if info(node).op.kind is OpKind.MATMUL] == ["conv2d"]
+    assert not nodes_of(gm, BATCH_NORM)
+    assert all(parameter.requires_grad for parameter in gm.parameters())

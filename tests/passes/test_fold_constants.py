@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qgraph.capture import trace
-from qgraph.ir.node_info import graph_info, info
+from qgraph.ir.node_info import graph_info, info, tensor_at
 from qgraph.ir.op_table import CONSTANT
 from qgraph.pipeline import CheckLevel, Pipeline
 from tests.passes.models import Forward, before_and_after, capture_and_run, check_all, check_values, computing
@@ -147,7 +147,7 @@ def test_constants_do_not_share_memory_with_parameters() -> None:
     model = build(lambda m, x: x + m.w[0] + m.b)
     result = run_passes(model, torch.randn(ROWS), PASS)
     folded, used = nodes_of(result.gm, CONSTANT)
-    result.gm.get_buffer(str(folded.target)).zero_()
+    result.gm.get_parameter(str(folded.target)).detach().zero_()
     assert used.target == "b"
     assert model.w.abs().min() > 0
 
@@ -372,6 +372,16 @@ class Attention(nn.Module):
         score = (x @ x.transpose(1, 2) + bias + mask).softmax(-1)
         row = torch.arange(x.shape[0])[:, None, None]
         return score @ x + row, mask
+
+
+def test_what_is_trained_stays_trained() -> None:
+    model = Forward(lambda m, x: x * m.w.exp() + m.fixed * 2 + m.w.detach() * 3, w=nn.Parameter(torch.randn(6)))
+    model.register_buffer("fixed", torch.randn(6))
+    gm = capture_and_run(model, torch.randn(ROWS), PASS).gm
+    trained = [node for node in nodes_of(gm, CONSTANT) if tensor_at(gm, str(node.target)).requires_grad]
+    assert [info(node).site for node in trained] == ["_generated_exp_0"]
+    gm(torch.randn(ROWS)).sum().backward()
+    assert dict(gm.named_parameters())[str(trained[0].target)].grad is not None
 
 
 def test_golden(golden: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qgraph.capture import trace
 from qgraph.errors import NumericCheckError, PassError, QGraphError, UserError, VerifyError
@@ -30,7 +30,7 @@ from qgraph.pipeline import (
     close,
 )
 from tests.support.models import Residual, image
-from tests.support.passes import count_ops, nodes_of
+from tests.support.passes import count_ops, nodes_of, relative_error
 
 FUSE = "canonicalize,fold-constants,fuse-conv-bn-add-relu"
 
@@ -288,3 +288,14 @@ def test_every_error_of_a_pipeline_is_of_the_family(gm: fx.GraphModule) -> None:
     for how in ("sigmoid", "stray", "crash", "none"):
         with pytest.raises(QGraphError):
             Pipeline((Meddle(how),)).run(gm)
+
+
+def test_promises_allow_for_what_the_network_amplifies() -> None:
+    """Rows of nearly equal numbers: normalizing them multiplies the rounding errors of any two ways to compute it."""
+    example = 1000 + 0.1 * torch.randn(4, 8)
+    gm = trace(nn.LayerNorm(8).eval(), example)
+    steps = Pipeline.parse("canonicalize,decompose-composites")
+    changed = steps.run(gm, checks=CheckLevel.NUMERICS).gm
+    (claimed,) = (member.keeps.rtol for member in steps.flat() if member.name == "decompose-composites")
+    assert relative_error(gm(example), changed(example)) > claimed
+    assert steps.bisect(gm, rtol=claimed) is not None, "a bound given by hand is taken as it is"

@@ -121,6 +121,19 @@ def test_fake_sum_over_no_axes() -> None:
     assert signature(overload("reduce_sum")(x.to("meta"), one.to("meta"), zero.to("meta"), **options)) == expected
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_convolution_without_a_batch(seed: int) -> None:
+    """What torch allows: unbatched samples, computed as in a batch of one."""
+    case = drawn_case("conv", seed)
+    x, weight, bias, residual, *factors = case.arguments
+    samples = [x[0], weight, bias, None if residual is None else residual[0], *factors]
+    whole = [x[:1], weight, bias, None if residual is None else residual[:1], *factors]
+    result = KERNELS["conv"](*samples, **case.options)
+    assert torch.equal(result, KERNELS["conv"](*whole, **case.options)[0]), case
+    metas = [None if argument is None else argument.to("meta") for argument in samples]
+    assert signature(overload("conv")(*metas, **case.options)) == signature(result)
+
+
 # --- a graph of operators ------------------------------------------------------------------------------------------
 
 SINGLE = {"arithmetic": "int32:wrap/fixed_point:24:half_even", "low": -128, "high": 127, "format": "int8"}

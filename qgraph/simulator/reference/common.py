@@ -48,8 +48,8 @@ def requantized(
     return finished(word.rule.apply(held, Factor(multiplier, shift)), low, high, format, trace)
 
 
-def along_channels(values: torch.Tensor | None, rank: int) -> torch.Tensor | None:
-    """Per-channel values `[C]` (or `[]`) viewed so that they broadcast along dimension 1 of `rank` dimensions."""
+def along_channels(values: torch.Tensor | None, spatial: int) -> torch.Tensor | None:
+    """Per-channel values `[C]` (or `[]`) viewed so that `spatial` dimensions follow the channels."""
     if values is None or values.dim() == 0:
         return values
-    return values.reshape(1, -1, *[1] * (rank - 2))
+    return values.reshape(-1, *[1] * spatial)

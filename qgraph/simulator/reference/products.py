@@ -42,7 +42,10 @@ def conv(
     format: str,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """`x` `[N, C_in, *in]`, `weight` as torch lays it out, `bias` int32 `[C_out]`; result `[N, C_out, *out]`."""
+    """`x` `[N, C_in, *in]`, `weight` as torch lays it out, `bias` int32 `[C_out]`; result `[N, C_out, *out]`.
+
+    As in torch, `N` may be missing in both.
+    """
     rank = weight.dim() - 2
     if transposed:
         options = (list(stride), list(padding), list(output_padding), groups, list(dilation))
@@ -57,9 +60,9 @@ def conv(
     return _finish_product(
         sums,
         residual,
-        along_channels(multiplier, rank + 2),
-        along_channels(shift, rank + 2),
-        along_channels(residual_multiplier, rank + 2),
+        along_channels(multiplier, rank),
+        along_channels(shift, rank),
+        along_channels(residual_multiplier, rank),
         arithmetic,
         low,
         high,

@@ -1,0 +1,115 @@
+"""What a caller of `trace` asks for, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qgraph.capture.copying import unwrapped
+from qgraph.capture.flags import check_waivers
+from qgraph.capture.inputs import check_inputs
+from qgraph.capture.leaves import LeafChoice, LeafRule, leaf_rule
+from qgraph.capture.structure import Inputs, as_example, bind_to_forward
+from qgraph.errors import UserError, did_you_mean
+
+METHODS = ("auto", "jit", "symbolic")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `trace`.
+
+    Args:
+        model: the user's model, without wrappers.
+        inputs: the example inputs by name, those given by position first.
+        positional: how many were given by position.
+        method: `jit` or `symbolic`.
+        leaf: which modules stay single nodes.
+        waived: kinds of flags to accept.
+        verify: whether to replay the graph.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    positional: int
+    method: str
+    leaf: LeafRule
+    waived: frozenset[str]
+    verify: bool
+
+    @property
+    def name(self) -> str:
+        """The model's class name."""
+        return type(self.model).__name__
+
+    @property
+    def writable(self) -> bool:
+        """Whether the forward may write to the model's tensors."""
+        return "state" in self.waived
+
+    def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], Inputs]:
+        """Named inputs as the example gives them: by position and by keyword."""
+        names = list(inputs)
+        by_position = tuple(inputs[name] for name in names[: self.positional])
+        return by_position, {name: inputs[name] for name in names[self.positional :]}
+
+    def call(self, model: nn.Module, inputs: Inputs) -> Any:
+        """Calls a model with named inputs."""
+        args, kwargs = self.arguments(inputs)
+        return model(*args, **kwargs)
+
+
+def check_request(
+    model: nn.Module,
+    example_inputs: Any,
+    method: str,
+    waive: Iterable[str] | str,
+    leaf_modules: Iterable[LeafChoice] | LeafChoice,
+    verify: bool,
+) -> Request:
+    """The request, if everything fits together.
+
+    Raises:
+        UserError: an argument is wrong, or the model is in no state to be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"trace needs a torch.nn.Module, got a {type(model).__name__}",
+            fix="pass an instance of the model's class, not the class or a function",
+        )
+    if method not in METHODS:
+        raise UserError(f"unknown capture method {method!r}", fix=did_you_mean(method, METHODS))
+    model = unwrapped(model)
+    _refuse_scripted(model)
+    _refuse_training(model)
+    example = as_example(example_inputs)
+    inputs = bind_to_forward(model, example)
+    check_inputs(inputs)
+    chosen = "jit" if method == "auto" else method
+    leaf = leaf_rule(model, leaf_modules)
+    return Request(model, inputs, len(example.args), chosen, leaf, check_waivers(waive), verify)
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            f"{getattr(model, 'original_name', type(model).__name__)} is a TorchScript module",
+            why="its forward is compiled, so there is no Python code to record",
+            fix="trace the Python model it was made from, or a module that calls this one (it becomes one node)",
+        )
+
+
+def _refuse_training(model: nn.Module) -> None:
+    training = [path or type(model).__name__ for path, module in model.named_modules() if module.training]
+    if training:
+        shown = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
+        raise UserError(
+            f"{type(model).__name__} is in training mode",
+            where=shown,
+            why="dropout and batch statistics make the forward random and change the model",
+            fix="call model.eval() first; quantization-aware training starts after prepare",
+        )

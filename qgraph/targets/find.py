@@ -1,0 +1,109 @@
+"""Finding a target by name: built in, from a TOML file, or from another package.
+
+Other packages join through the entry-point group `qgraph.targets`; the entry point is a `Target`, the path of a TOML
+file, or a function that returns one of them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import resources
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from qgraph.errors import QGraphError, TargetError, did_you_mean
+from qgraph.targets.parse import parse_target
+from qgraph.targets.target import Target
+
+ENTRY_POINT_GROUP = "qgraph.targets"
+BUILT_IN = ("bpu",)
+
+
+def get_target(target: Target | str | Path) -> Target:
+    """The target with this name, or of this TOML file.
+
+    Raises:
+        TargetError: no target has the name, or its file is wrong.
+    """
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, Path) or (isinstance(target, str) and target.endswith(".toml")):
+        return load_target(Path(target))
+    if not isinstance(target, str):
+        raise TargetError(f"a {type(target).__name__} is no target", fix="give a name, a TOML file or a Target")
+    if target in BUILT_IN:
+        return _built_in(target)
+    points = _entry_points()
+    if target not in points:
+        raise TargetError(f"no target is named {target!r}", fix=did_you_mean(target, [*BUILT_IN, *points]))
+    return _provided(points[target])
+
+
+def list_targets() -> list[str]:
+    """Names of all targets: built-in ones, then those of other packages.
+
+    Raises:
+        TargetError: two packages use the same name.
+    """
+    return [*BUILT_IN, *_entry_points()]
+
+
+def load_target(path: Path) -> Target:
+    """The target a TOML file describes.
+
+    Raises:
+        TargetError: the file cannot be read or is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"the target file {path} cannot be read", why=f"{type(error).__name__}: {error}") from error
+    return parse_target(text, origin=str(path))
+
+
+@lru_cache
+def _built_in(name: str) -> Target:
+    text = resources.files("qgraph.targets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return parse_target(text, origin=f"{name}.toml of qgraph")
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in points or point.name in BUILT_IN:
+            first = _owner(points[point.name]) if point.name in points else "qgraph"
+            raise TargetError(
+                f"a target named {point.name!r} exists already",
+                why=f"it is registered by {first} and again by {_owner(point)}",
+                fix="give one of them another name",
+            )
+        points[point.name] = point
+    return points
+
+
+def _provided(point: EntryPoint) -> Target:
+    try:
+        provided = point.load()
+        if callable(provided):
+            provided = provided()
+    except QGraphError:
+        raise
+    except Exception as error:
+        raise TargetError(
+            f"the target {point.name!r} cannot be loaded from {point.value}",
+            where=f"registered by {_owner(point)}",
+            why=f"{type(error).__name__}: {error}",
+        ) from error
+    if isinstance(provided, (str, Path)):
+        return load_target(Path(provided))
+    if not isinstance(provided, Target):
+        raise TargetError(
+            f"{point.value} is a {type(provided).__name__}, not a target",
+            where=f"registered as {point.name!r} by {_owner(point)}",
+            fix="provide a Target, the path of a TOML file, or a function that returns one of them",
+        )
+    return provided
+
+
+def _owner(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value

@@ -1,0 +1,171 @@
+"""Reading a target's TOML file: every key is known, present and of the right kind, or the message names it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+from qgraph.errors import QGraphError, TargetError, did_you_mean
+from qgraph.ir.op_table import OPS
+from qgraph.numerics import Arithmetic, Format, check_intervals, parse_arithmetic, parse_format, parse_qtype
+from qgraph.targets.target import LegalFormats, OpRule, Target
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_Parsed = TypeVar("_Parsed")
+
+
+def parse_target(text: str, *, origin: str) -> Target:
+    """The target a TOML text describes.
+
+    Raises:
+        TargetError: malformed TOML, unknown or missing keys, or values that make no sense.
+    """
+    try:
+        table = _Table(tomllib.loads(text), origin)
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError("the target file is not TOML", where=origin, why=str(error)) from error
+    known = {"name", "description", "symmetric", "weight_per_channel", "ops"}
+    table.allow(known | {"tables", "sampling", "arithmetic", "units", "memory"})
+    units = _units(table.table("units"))
+    tables, arithmetic = table.table("tables"), table.table("arithmetic")
+    sampling, memory = table.table("sampling"), table.table("memory")
+    sampling.allow({"weight_bits"})
+    memory.allow({"bytes_per_cycle", "clock_hz"})
+    return Target(
+        name=table.text("name"),
+        description=table.text("description") if "description" in table.data else "",
+        symmetric=table.flag("symmetric"),
+        weight_per_channel=table.flag("weight_per_channel"),
+        tables={name: _intervals(tables, name) for name in tables.data},
+        weight_bits=int(sampling.number("weight_bits", whole=True)),
+        arithmetic={step: _arithmetic(arithmetic, step) for step in arithmetic.data},
+        ops=_ops(table.tables("ops"), units),
+        units=units,
+        bytes_per_cycle=memory.number("bytes_per_cycle"),
+        clock_hz=memory.number("clock_hz"),
+        origin=origin,
+    )
+
+
+class _Table:
+    """A TOML table whose keys are read with their expected kind."""
+
+    def __init__(self, data: Mapping[str, Any], origin: str) -> None:
+        self.data = data
+        self.origin = origin
+
+    def allow(self, known: Collection[str]) -> None:
+        for key in self.data:
+            if key not in known:
+                raise TargetError(f"unknown key {key!r}", where=self.origin, fix=did_you_mean(key, known))
+
+    def text(self, key: str) -> str:
+        value = self._get(key, str, "a text")
+        if not value:
+            raise self.wrong(key, "a text that is not empty")
+        return str(value)
+
+    def flag(self, key: str) -> bool:
+        return bool(self._get(key, bool, "true or false"))
+
+    def number(self, key: str, *, whole: bool = False) -> float:
+        value = self._get(key, (int, float), "a number")
+        if isinstance(value, bool) or not value > 0 or value == float("inf") or (whole and not isinstance(value, int)):
+            raise self.wrong(key, "a positive whole number" if whole else "a positive number")
+        return float(value)
+
+    def texts(self, key: str) -> list[str]:
+        values = self._get(key, list, "a list of texts")
+        if not values or not all(isinstance(value, str) for value in values):
+            raise self.wrong(key, "a list of texts that is not empty")
+        return list(values)
+
+    def table(self, key: str) -> _Table:
+        return _Table(self._get(key, dict, "a table"), f"{self.origin}, [{key}]")
+
+    def tables(self, key: str) -> list[_Table]:
+        entries = self._get(key, list, f"tables, each headed [[{key}]]")
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise self.wrong(key, f"tables, each headed [[{key}]]")
+        return [_Table(entry, f"{self.origin}, [[{key}]] number {i}") for i, entry in enumerate(entries, start=1)]
+
+    def understood(self, read: Callable[[], _Parsed]) -> _Parsed:
+        """What `read` returns; its errors are those of the file."""
+        try:
+            return read()
+        except QGraphError as error:
+            raise TargetError(error.what, where=self.origin, why=error.why, fix=error.fix) from error
+
+    def wrong(self, key: str, expected: str) -> TargetError:
+        return TargetError(f"{key} is {self.data[key]!r}", where=self.origin, fix=f"give {expected}")
+
+    def _get(self, key: str, kind: Any, expected: str) -> Any:
+        if key not in self.data:
+            raise TargetError(f"the target file lacks {key!r}", where=self.origin, fix=f"give {expected}")
+        if not isinstance(self.data[key], kind):
+            raise self.wrong(key, expected)
+        return self.data[key]
+
+
+def _arithmetic(table: _Table, step: str) -> Arithmetic:
+    word = table.text(step)
+    return table.understood(lambda: parse_arithmetic(word))
+
+
+def _intervals(table: _Table, name: str) -> int | None:
+    qtype = table.understood(lambda: parse_qtype(name))
+    if table.data[name] == "full":
+        return None
+    count = int(table.number(name, whole=True))
+    table.understood(lambda: check_intervals(count, qtype))
+    return count
+
+
+def _units(table: _Table) -> dict[str, dict[str, float]]:
+    return {unit: _rates(table.table(unit)) for unit in table.data}
+
+
+def _rates(table: _Table) -> dict[str, float]:
+    names = [name for formats in table.data for name in formats.split("*")]
+    table.understood(lambda: [parse_format(name) for name in names])
+    return {formats: table.number(formats) for formats in table.data}
+
+
+def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
+    known = {op.name for op in OPS}
+    ops: dict[str, OpRule] = {}
+    for entry in entries:
+        entry.allow({"names", "unit", "legal"})
+        unit = entry.text("unit")
+        if unit not in units:
+            raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
+        rule = OpRule(unit, tuple(_legal(line, entry) for line in entry.texts("legal")))
+        for name in entry.texts("names"):
+            if name in ops:
+                raise TargetError(f"operator {name!r} is described twice", where=entry.origin)
+            if name not in known:
+                raise TargetError(
+                    f"there is no operator {name!r}", where=entry.origin, fix=did_you_mean(name, known - ops.keys())
+                )
+            ops[name] = rule
+    return ops
+
+
+def _legal(line: str, entry: _Table) -> LegalFormats:
+    operands, arrow, results = line.partition("->")
+    if not arrow:
+        raise TargetError(
+            f"{line!r} is not a line of legal formats",
+            where=entry.origin,
+            fix="write operands and results like: int8, int8 -> int8|int16",
+        )
+
+    def column(text: str) -> tuple[Format, ...]:
+        return tuple(parse_format(name.strip()) for name in text.split("|"))
+
+    return entry.understood(lambda: LegalFormats(tuple(column(text) for text in operands.split(",")), column(results)))

@@ -1,0 +1,222 @@
+"""Target files: every mistake is named with its place and what to do."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from qgraph.errors import TargetError
+from qgraph.ir.op_table import OPS
+from qgraph.numerics import float16, qint8, qint16, qint32
+from qgraph.targets import Target, get_target, load_target, parse_target
+
+SMALL = """
+name = "small"
+description = "for tests"
+symmetric = true
+weight_per_channel = false
+
+[tables]
+int8 = "full"
+int16 = 1024
+
+[sampling]
+weight_bits = 8
+
+[arithmetic]
+product = "int32:wrap/fixed_point:24:half_even"
+
+[[ops]]
+names = ["conv2d", "linear"]
+unit = "tensor"
+legal = ["int8|int16, int8 -> int8|int32", "float16, float16 -> float16"]
+
+[[ops]]
+names = ["add"]
+unit = "vector"
+legal = ["int8 -> int8"]
+
+[units.tensor]
+"int8*int8" = 64
+
+[units.vector]
+int8 = 2.5
+
+[memory]
+bytes_per_cycle = 4
+clock_hz = 1e6
+"""
+
+
+def small(old: str = "", new: str = "") -> Target:
+    assert old in SMALL
+    return parse_target(SMALL.replace(old, new, 1), origin="small.toml")
+
+
+def test_everything_a_file_says_is_read() -> None:
+    target = small()
+    assert (target.name, target.description) == ("small", "for tests")
+    assert target.symmetric is True
+    assert target.weight_per_channel is False
+    assert target.table_entries(qint8) is None
+    assert target.table_entries(qint16) == 1024
+    assert target.weight_bits == 8
+    assert str(target.step("product")) == "int32:wrap/fixed_point:24:half_even"
+    assert list(target.ops) == ["conv2d", "linear", "add"]
+    assert target.units == {"tensor": {"int8*int8": 64}, "vector": {"int8": 2.5}}
+    assert (target.bytes_per_cycle, target.clock_hz) == (4, 1e6)
+    assert target.rule("matmul") is None
+
+
+def test_legal_formats() -> None:
+    rule = small().rule("linear")
+    assert rule is not None
+    assert rule.accepts([qint16, qint8], qint32)
+    assert rule.accepts([float16, float16], float16)
+    assert not rule.accepts([qint8, qint16], qint8)
+    assert not rule.accepts([qint8, qint8], float16)
+    assert not rule.accepts([qint8, float16], qint8)
+    assert str(rule.legal[0]) == "int8|int16, int8 -> int8|int32"
+    add = small().rule("add")
+    assert add is not None
+    assert add.accepts([qint8, qint8, qint8], qint8), "further operands follow the last column"
+
+
+def test_the_nearest_legal_lines_come_first() -> None:
+    target = small()
+    assert target.nearest_legal("linear", [float16, qint8], float16).startswith("float16, float16 -> float16")
+    assert target.nearest_legal("linear", [qint8, qint16], qint8).startswith("int8|int16, int8")
+    assert target.nearest_legal("matmul", [qint8, qint8], qint8) == "small has no matmul"
+
+
+def test_what_a_target_does_not_define_is_an_error() -> None:
+    with pytest.raises(TargetError, match="defines no arithmetic for 'produkt'") as raised:
+        small().step("produkt")
+    assert "did you mean 'product'?" in str(raised.value)
+    with pytest.raises(TargetError, match="has no function tables for int32"):
+        small().table_entries(qint32)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        # keys
+        ("symmetric = true", "symetric = true", ["unknown key 'symetric'", "did you mean 'symmetric'"]),
+        ('unit = "vector"', 'unti = "vector"', ["unknown key 'unti'", "did you mean 'unit'?", "[[ops]] number 2"]),
+        ("weight_bits = 8", "weight_bit = 8", ["unknown key 'weight_bit'", "'weight_bits'", "[sampling]"]),
+        ("clock_hz", "clock", ["unknown key 'clock'", "[memory]"]),
+        ('name = "small"\n', "", ["lacks 'name'", "give a text"]),
+        ("symmetric = true\n", "", ["lacks 'symmetric'", "give true or false"]),
+        ("weight_bits = 8\n", "", ["lacks 'weight_bits'", "[sampling]"]),
+        ("bytes_per_cycle = 4\n", "", ["lacks 'bytes_per_cycle'", "[memory]"]),
+        ("[sampling]\nweight_bits = 8\n", "", ["lacks 'sampling'", "give a table"]),
+        ('legal = ["int8 -> int8"]\n', "", ["lacks 'legal'", "[[ops]] number 2"]),
+        ('unit = "vector"\n', "", ["lacks 'unit'", "[[ops]] number 2"]),
+        # kinds
+        ('name = "small"', "name = 3", ["name is 3", "give a text"]),
+        ('name = "small"', 'name = ""', ["name is ''", "not empty"]),
+        ("symmetric = true", 'symmetric = "yes"', ["symmetric is 'yes'", "give true or false"]),
+        ("weight_bits = 8", "weight_bits = 8.5", ["weight_bits is 8.5", "whole number"]),
+        ("weight_bits = 8", "weight_bits = true", ["weight_bits is True", "number"]),
+        ("bytes_per_cycle = 4", "bytes_per_cycle = 0", ["bytes_per_cycle is 0", "positive number"]),
+        ("bytes_per_cycle = 4", "bytes_per_cycle = nan", ["bytes_per_cycle is nan", "positive number"]),
+        ("clock_hz = 1e6", "clock_hz = inf", ["clock_hz is inf", "positive number"]),
+        ("int8 = 2.5", "int8 = -1", ["int8 is -1", "positive number", "[vector]"]),
+        ('names = ["add"]', 'names = "add"', ["names is 'add'", "a list of texts"]),
+        ('names = ["add"]', "names = []", ["names is []", "not empty"]),
+        ('legal = ["int8 -> int8"]', "legal = [8]", ["legal is [8]", "a list of texts"]),
+        ("[units.vector]\nint8 = 2.5", "[units]\nvector = 2.5", ["vector is 2.5", "give a table"]),
+        # contents
+        ('unit = "vector"', 'unit = "vectors"', ["unit 'vectors' is not described", "did you mean 'vector'?"]),
+        ('names = ["add"]', 'names = ["add", "linear"]', ["operator 'linear' is described twice", "number 2"]),
+        ('names = ["add"]', 'names = ["ad"]', ["there is no operator 'ad'", "or 'add'"]),
+        ("half_even", "half_evn", ["half_evn", "half_even", "[arithmetic]"]),
+        ("int32:wrap", "int32:warp", ["unknown overflow 'warp'", "did you mean 'wrap'?", "[arithmetic]"]),
+        ("int32:wrap/fixed_point:24:half_even", "nonsense", ["is not an arithmetic", "write it like"]),
+        ("int32:wrap", "int60:wrap", ["accumulator of 60 bits", "use at most"]),
+        ('"int8 -> int8"', '"int8 -> in8"', ["unknown number format 'in8'", "did you mean 'int8'", "number 2"]),
+        ('"int8 -> int8"', '"int8"', ["'int8' is not a line of legal formats", "write operands and results like"]),
+        ('"int8 -> int8"', '"-> int8"', ["unknown number format ''"]),
+        ('"int8*int8" = 64', '"int8*innt8" = 64', ["unknown number format 'innt8'", "[tensor]"]),
+        ("int16 = 1024", "int16 = 1000", ["cannot have 1000 intervals", "power of two", "[tables]"]),
+        ("int16 = 1024", 'int16 = "half"', ["int16 is 'half'", "[tables]"]),
+        ("int16 = 1024", "float16 = 1024", ["'float16' is not an integer format", "[tables]"]),
+    ],
+)
+def test_mistakes(old: str, new: str, words: list[str]) -> None:
+    with pytest.raises(TargetError) as raised:
+        small(old, new)
+    for word in ["small.toml", *words]:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["name = ", "[[ops]\n", "name = 'a'\nname = 'b'", "\x00"])
+def test_text_that_is_not_toml(text: str) -> None:
+    with pytest.raises(TargetError, match="is not TOML") as raised:
+        parse_target(text, origin="broken.toml")
+    assert "broken.toml" in str(raised.value)
+    assert raised.value.why
+
+
+@pytest.mark.parametrize("text", ["", "ops = 3\nunits = {}", "ops = [3]\nunits = {}"])
+def test_files_with_next_to_nothing(text: str) -> None:
+    with pytest.raises(TargetError):
+        parse_target(text, origin="empty.toml")
+
+
+def test_a_file_is_found_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL, encoding="utf-8")
+    assert load_target(path) == get_target(str(path)) == get_target(path) == small()
+    assert get_target(path).origin == str(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="cannot be read") as raised:
+        get_target(str(tmp_path / "none.toml"))
+    assert "FileNotFoundError" in str(raised.value)
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(TargetError, match="cannot be read"):
+        get_target(tmp_path / "folder.toml")
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xff\xfe"')
+    with pytest.raises(TargetError, match="UnicodeDecodeError"):
+        get_target(tmp_path / "latin.toml")
+
+
+BPU = get_target("bpu")
+
+
+@pytest.mark.parametrize("op", list(BPU.ops))
+def test_every_operator_of_bpu_can_run_there(op: str) -> None:
+    """Something lowers it; its formats are integers with tables where needed; its unit has a rate for them."""
+    entry, rule = OPS.named(op), BPU.ops[op]
+    assert entry.lowering is not None or entry.kind in ("move", "structure"), "an operator that nothing lowers"
+    rates = BPU.units[rule.unit]
+    for line in rule.legal:
+        formats = [str(name) for column in line.operands for name in column]
+        assert all(name.startswith("int") for name in formats)
+        assert set(map(str, line.results)) <= {"int8", "int16", "int32"}
+        if entry.kind == "matmul":
+            pairs = {
+                f"{first}*{second}" for first in map(str, line.operands[0]) for second in map(str, line.operands[1])
+            }
+            assert pairs <= rates.keys()
+            assert "int16*int16" not in pairs, "the device has no such product"
+        else:
+            assert set(formats) <= rates.keys()
+        if rule.unit == "table":
+            assert set(formats) <= BPU.tables.keys()
+
+
+def test_bpu_runs_every_operator_that_has_a_lowering() -> None:
+    lowered = {op.name for op in OPS if op.lowering is not None}
+    assert lowered - BPU.ops.keys() <= {"dequant_stub", "identity"}, "lowered, but no target runs it"
+
+
+def test_bpu_defines_every_step() -> None:
+    assert BPU.arithmetic.keys() == {"product", "sum", "sample"}
+    assert BPU.symmetric
+    text = resources.files("qgraph.targets").joinpath("bpu.toml").read_text(encoding="utf-8")
+    assert parse_target(text, origin="x") == BPU
