@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qgraph.capture.names import plain_tensors
+from qgraph.capture.names import plain_tensors, walk_modules
 from qgraph.capture.taint import storage_key
 from qgraph.errors import CaptureError
 
@@ -31,11 +31,10 @@ def copy_model(model: nn.Module, convert: Convert) -> nn.Module:
     Raises:
         CaptureError: a part of the model cannot be copied.
     """
-    held = [*model.parameters(), *model.buffers(), *(tensor for _, _, tensor in plain_tensors(model))]
-    memo: dict[int, Any] = {id(tensor): convert(tensor) for tensor in held}
+    memo: dict[int, Any] = {id(tensor): convert(tensor) for tensor in _held_by(model)}
     try:
         clone = _copy_tree(model, memo)
-        for module in clone.modules():
+        for _, module in walk_modules(clone):
             _rebind_closures(module, memo)
         return clone
     except Exception as error:
@@ -97,10 +96,9 @@ def state_keeper(module: nn.Module) -> Callable[[], None]:
 
 def own_tensors(gm: nn.Module, model: nn.Module) -> None:
     """Gives `gm` copies of the tensors it still shares with `model`."""
-    borrowed = {storage_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    borrowed |= {storage_key(tensor) for _, _, tensor in plain_tensors(model)}
+    borrowed = {storage_key(tensor) for tensor in _held_by(model)}
     clones: dict[int, torch.Tensor] = {}
-    for module in gm.modules():
+    for _, module in walk_modules(gm):
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
         for entries in tables:
             for name, tensor in entries.items():
@@ -109,6 +107,14 @@ def own_tensors(gm: nn.Module, model: nn.Module) -> None:
                 if id(tensor) not in clones:
                     clones[id(tensor)] = with_own_memory(tensor)
                 entries[name] = clones[id(tensor)]
+
+
+def _held_by(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, buffers and plain tensor attributes of all modules."""
+    walked = walk_modules(model)
+    tables = (table for _, module in walked for table in (module._parameters, module._buffers))
+    held = [tensor for table in tables for tensor in table.values() if tensor is not None]
+    return held + [tensor for _, _, tensor in plain_tensors(walked)]
 
 
 def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -136,7 +142,7 @@ def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif name in _TENSOR_TABLES:
             clone.__dict__[name] = {key: None if t is None else memo[id(t)] for key, t in value.items()}
         elif name != "_compiled_call_impl":
-            clone.__dict__[name] = _copy_attribute(value, memo)
+            clone.__dict__[name] = value if type(value) in _IMMUTABLE else _copy_attribute(value, memo)
     return clone
 
 
@@ -161,9 +167,9 @@ def _rebind_closures(module: nn.Module, memo: dict[int, Any]) -> None:
     the user's.
     """
     for name, value in module.__dict__.items():
-        if isinstance(value, FunctionType):
+        if type(value) is FunctionType:
             module.__dict__[name] = _rebound(value, memo, set())
-        elif isinstance(value, dict) and "_hooks" in name:
+        elif "_hooks" in name and value and isinstance(value, dict):
             for key, hook in value.items():
                 if isinstance(hook, FunctionType):
                     value[key] = _rebound(hook, memo, set())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,9 +63,9 @@ def leaf_rule(model: nn.Module, chosen: Iterable[LeafChoice] | LeafChoice) -> Le
     single = isinstance(chosen, (str, type, nn.Module)) or not isinstance(chosen, Iterable)
     classes: list[type[nn.Module]] = []
     paths: set[str] = set()
-    first_paths = {id(module): path for path, module in model.named_modules()}
-    known = {path: first_paths[id(module)] for path, module in model.named_modules(remove_duplicate=False) if path}
-    for entry in [chosen] if single else chosen:  # type: ignore[union-attr]
+    entries: list[Any] = [chosen] if single else list(chosen)  # type: ignore[arg-type]
+    known = _known_paths(model) if entries else {}
+    for entry in entries:
         if isinstance(entry, str):
             if entry not in known:
                 raise UserError(
@@ -76,6 +77,12 @@ def leaf_rule(model: nn.Module, chosen: Iterable[LeafChoice] | LeafChoice) -> Le
         else:
             raise UserError(f"leaf_modules holds {entry!r}", fix="give module classes or module paths")
     return LeafRule(tuple(classes), frozenset(paths))
+
+
+def _known_paths(model: nn.Module) -> dict[str, str]:
+    """Every path of a module to the first path of the same module."""
+    first_paths = {id(module): path for path, module in model.named_modules()}
+    return {path: first_paths[id(module)] for path, module in model.named_modules(remove_duplicate=False) if path}
 
 
 def _plain(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from qgraph.capture.spelling import alias, holds_array, importable, is_shallow_c
 from qgraph.capture.taint import flat_tensors, sized_by, storage_key, written_operands
 from qgraph.errors import CaptureError
 from qgraph.ir.arguments import bind
-from qgraph.ir.node_info import info
+from qgraph.ir.node_info import info, submodule_at
 from qgraph.ir.op_table import CHUNK, SLICE, SPLIT, SQUEEZE
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ def _called(
     meta = recorder.meta
     if meta is None:
         return recorder.observed(lambda: func(*args, **named), (args, named, own))
-    options = recorder.root.get_submodule(target).__dict__ if kind == "call_module" else named
+    options = submodule_at(recorder.root, target).__dict__ if kind == "call_module" else named
     with torch._C.DisableTorchFunction():  # or the tensors would say that they have values
         found = meta.by_shape(recorder, kind, target, args, options)
         given, others = (args, named) if found else meta.placed(recorder, name, args, named)

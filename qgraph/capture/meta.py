@@ -13,6 +13,7 @@ from torch import nn
 
 from qgraph.capture.taint import flat_tensors
 from qgraph.ir.arguments import classify, writes_in_place
+from qgraph.ir.node_info import submodule_at
 from qgraph.ir.op import ShapeRule
 from qgraph.ir.op_table import IDENTITY
 
@@ -90,7 +91,7 @@ class MetaCalls:
         """The outcome of an op that follows a simple rule; None for others."""
         if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_meta:
             return None
-        if kind == "call_module" and isinstance(module := recorder.root.get_submodule(target), nn.RNNBase):
+        if kind == "call_module" and isinstance(module := submodule_at(recorder.root, target), nn.RNNBase):
             return _recurrent(module, args[0]), []
         op = classify(kind, target, recorder.root, args, options)
         rule = op.shape

@@ -12,6 +12,7 @@ Functional names count within one run of the owner's forward, so that they do no
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -72,29 +73,46 @@ class SiteNames:
         return base if count == 0 else f"{base}({count})"
 
 
+def walk_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`root.named_modules()` as a list, without nested generators that hand every entry up level by level."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    pending: list[tuple[str, nn.Module]] = [("", root)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((path, module))
+        prefix = f"{path}." if path else ""
+        pending += [(prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None]
+    return found
+
+
 def module_paths(root: nn.Module) -> dict[int, str]:
     """`id(module)` to its first registered path; the root is the empty path."""
-    return {id(module): path for path, module in root.named_modules()}
+    return {id(module): path for path, module in walk_modules(root)}
 
 
 def tensor_paths(root: nn.Module) -> dict[int, str]:
     """`id(tensor)` to its path, for parameters, buffers and plain tensor attributes; first name wins."""
     paths: dict[int, str] = {}
-    for path, module in root.named_modules():
+    walked = walk_modules(root)
+    for path, module in walked:
         prefix = f"{path}." if path else ""
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None:
                     paths.setdefault(id(tensor), prefix + name)
-    for path, name, tensor in plain_tensors(root):
+    for path, name, tensor in plain_tensors(walked):
         paths.setdefault(id(tensor), f"{path}.{name}" if path else name)
     return paths
 
 
-def plain_tensors(root: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
-    """Module path, attribute name and value of tensors kept as plain attributes."""
+def plain_tensors(walked: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, str, torch.Tensor]]:
+    """Path, attribute name and value of the tensors that modules keep as plain attributes."""
     found = []
-    for path, module in root.named_modules():
+    for path, module in walked:
         attributes = module.__dict__
         for name in attributes.keys() - _STANDARD_ATTRIBUTES:
             value = attributes[name]
@@ -105,8 +123,15 @@ def plain_tensors(root: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
 
 def state_storages(root: nn.Module) -> dict[int, str]:
     """Storage identity to path, for every tensor a module holds: a write to one changes the model."""
-    held = [*root.named_parameters(), *root.named_buffers()]
-    held += [(f"{path}.{name}".lstrip("."), tensor) for path, name, tensor in plain_tensors(root)]
+    walked = walk_modules(root)
+    held = [
+        (f"{path}.{name}".lstrip("."), tensor)
+        for path, module in walked
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+    held += [(f"{path}.{name}".lstrip("."), tensor) for path, name, tensor in plain_tensors(walked)]
     keyed = {storage_key(tensor): path for path, tensor in reversed(held)}
     keyed.pop(0, None)  # tensors without storage have no identity to protect
     return keyed

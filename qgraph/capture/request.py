@@ -13,6 +13,7 @@ from qgraph.capture.copying import unwrapped
 from qgraph.capture.flags import check_waivers
 from qgraph.capture.inputs import check_inputs
 from qgraph.capture.leaves import LeafChoice, LeafRule, leaf_rule
+from qgraph.capture.names import walk_modules
 from qgraph.capture.structure import Inputs, as_example, bind_to_forward
 from qgraph.errors import UserError, did_you_mean
 
@@ -86,6 +87,7 @@ def check_request(
     model = unwrapped(model)
     _refuse_scripted(model)
     _refuse_training(model)
+    _refuse_unspeakable_names(model)
     example = as_example(example_inputs)
     inputs = bind_to_forward(model, example)
     check_inputs(inputs)
@@ -103,8 +105,22 @@ def _refuse_scripted(model: nn.Module) -> None:
         )
 
 
+def _refuse_unspeakable_names(model: nn.Module) -> None:
+    """fx writes names into Python code between double quotes, as they are."""
+    for path, module in walk_modules(model):
+        for table in (module._modules, module._parameters, module._buffers):
+            for name in table:
+                if not name.isprintable() or '"' in name or "\\" in name:
+                    raise UserError(
+                        f"a part of the model is called {name!r}",
+                        where=path or type(model).__name__,
+                        why="torch.fx cannot write a name with quotes, backslashes or control characters into code",
+                        fix="register it under another name",
+                    )
+
+
 def _refuse_training(model: nn.Module) -> None:
-    training = [path or type(model).__name__ for path, module in model.named_modules() if module.training]
+    training = [path or type(model).__name__ for path, module in walk_modules(model) if module.training]
     if training:
         shown = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
         raise UserError(

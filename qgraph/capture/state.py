@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from qgraph.capture.names import plain_tensors
+from qgraph.capture.names import plain_tensors, walk_modules
 from qgraph.capture.patching import ThreadPatch
 from qgraph.capture.source import user_line
 from qgraph.ir.node_info import SourceLine
@@ -58,11 +58,12 @@ def watched_attributes(root: nn.Module, assigned: Assigned) -> Iterator[None]:
 
 def _attributes(root: nn.Module) -> dict[tuple[int, str], tuple[str, torch.Tensor]]:
     found: dict[tuple[int, str], tuple[str, torch.Tensor]] = {}
-    for path, module in root.named_modules():
+    walked = walk_modules(root)
+    for path, module in walked:
         for name, tensor in module._buffers.items():
             if tensor is not None:
                 found[(id(module), name)] = (f"{path}.{name}".lstrip("."), tensor)
-    modules = dict(root.named_modules())
-    for path, name, tensor in plain_tensors(root):
+    modules = dict(walked)
+    for path, name, tensor in plain_tensors(walked):
         found[(id(modules[path]), name)] = (f"{path}.{name}".lstrip("."), tensor)
     return found

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from qgraph.capture.flags import Flag
 from qgraph.capture.layout import copy_tensor, relaid
-from qgraph.capture.names import Scope, SiteNames, plain_tensors
+from qgraph.capture.names import Scope, SiteNames, plain_tensors, walk_modules
 from qgraph.capture.outputs import output_argument
 from qgraph.capture.recorder import Recorder
 from qgraph.capture.recording import Recording, StateWrite, Write
@@ -142,7 +142,7 @@ def record_symbolically(request: Request, root: nn.Module, inputs: Inputs) -> Re
 def _trace(tracer: _Tracer, recorder: _Recorder, inputs: Inputs) -> None:
     root = recorder.root
     own = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
-    own |= {id(tensor) for _, _, tensor in plain_tensors(root)}
+    own |= {id(tensor) for _, _, tensor in plain_tensors(walk_modules(root))}
 
     def run() -> fx.Graph:
         with _watched_state(root, recorder):

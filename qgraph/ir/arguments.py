@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from qgraph.errors import InternalError, VerifyError
-from qgraph.ir.node_info import info, module_of, where
+from qgraph.ir.node_info import info, module_of, submodule_at, where
 from qgraph.ir.op import Op, QuantRule, Spelling
 from qgraph.ir.op_table import CONSTANT, FIELD, INPUT, ITEM, OPAQUE, OPS, OUTPUT, SLICE
 
@@ -91,7 +91,7 @@ def classify(
     if kind in _STRUCTURAL:
         return _STRUCTURAL[kind]
     if kind == "call_module":
-        module = None if root is None else root.get_submodule(str(target))
+        module = None if root is None else submodule_at(root, str(target))
         op = None if module is None else OPS.module(type(module)) or _stub_like(module)
         return op or OPAQUE
     if target is getattr:

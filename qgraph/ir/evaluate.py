@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from qgraph.errors import UserError
-from qgraph.ir.node_info import has_info, tensor_at, where
+from qgraph.ir.node_info import has_info, submodule_at, tensor_at, where
 
 Call = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 Observe = Callable[[fx.Node, Any], None]
@@ -69,7 +69,7 @@ def evaluate(
 def call_node(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value of a call node under fx semantics."""
     if node.op == "call_module":
-        return gm.get_submodule(str(node.target))(*args, **kwargs)
+        return submodule_at(gm, str(node.target))(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)

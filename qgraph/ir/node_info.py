@@ -234,9 +234,23 @@ def module_of(node: fx.Node) -> torch.nn.Module:
     if node.op != "call_module" or owner is None:
         raise InternalError(f"{node.name} calls no module", where=where(node))
     try:
-        return owner.get_submodule(str(node.target))
-    except AttributeError as error:
+        return submodule_at(owner, str(node.target))
+    except KeyError as error:
         raise InternalError(f"module {node.target!r} is missing", where=where(node)) from error
+
+
+def submodule_at(root: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The module at a dotted `path`; as `root.get_submodule`, which takes ten times as long.
+
+    Raises:
+        KeyError: there is no module there.
+    """
+    module: torch.nn.Module | None = root
+    for part in path.split(".") if path else ():
+        module = module._modules[part] if module is not None else None
+    if module is None:
+        raise KeyError(path)
+    return module
 
 
 def tensor_at(gm: torch.nn.Module, path: str) -> torch.Tensor:
@@ -246,7 +260,10 @@ def tensor_at(gm: torch.nn.Module, path: str) -> torch.Tensor:
         InternalError: there is no tensor there.
     """
     parent, _, name = path.rpartition(".")
-    value = getattr(gm.get_submodule(parent), name, None)
+    try:
+        value = getattr(submodule_at(gm, parent), name, None)
+    except KeyError:
+        value = None
     if not isinstance(value, torch.Tensor):
         raise InternalError(f"no tensor at {path!r}")
     return value

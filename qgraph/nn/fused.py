@@ -173,8 +173,6 @@ def as_fused(module: nn.Module) -> Fused:
     fused_class = FUSED_CLASSES[type(module)]
     fused = fused_class.__new__(fused_class)
     fused.__dict__.update(clone_module(module).__dict__)
-    fused.activation = Activation.NONE
-    fused.adds = False
-    fused.weight_fake_quant = None
-    fused.bias_fake_quant = None
+    # Straight into the dictionary: `nn.Module.__setattr__` looks through every table first.
+    fused.__dict__.update(activation=Activation.NONE, adds=False, weight_fake_quant=None, bias_fake_quant=None)
     return fused

@@ -31,6 +31,13 @@ def parse_target(text: str, *, origin: str) -> Target:
         raise TargetError("the target file is not TOML", where=origin, why=str(error)) from error
     known = {"name", "description", "symmetric", "weight_per_channel", "ops"}
     table.allow(known | {"tables", "sampling", "arithmetic", "units", "memory"})
+    if not table.flag("symmetric"):
+        raise TargetError(
+            "symmetric = false is not available",
+            where=origin,
+            why="every scale so far has real zero at code zero",
+            fix="set symmetric = true, or choose another target",
+        )
     units = _units(table.table("units"))
     tables, arithmetic = table.table("tables"), table.table("arithmetic")
     sampling, memory = table.table("sampling"), table.table("memory")

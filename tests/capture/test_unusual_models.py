@@ -359,3 +359,22 @@ def test_a_model_on_the_meta_device() -> None:
         model = network()
     with pytest.raises(UserError):
         trace(model, x())
+
+
+@pytest.mark.parametrize("name", ['a"q', "back\\slash", "two\nlines"])
+def test_names_that_code_cannot_hold(name: str) -> None:
+    model = nn.Sequential(nn.Sequential()).eval()
+    model[0].add_module(name, nn.Identity().eval())
+    with pytest.raises(UserError) as raised:
+        trace(model, x())
+    assert repr(name) in str(raised.value)
+    assert "where: 0" in str(raised.value)
+
+
+def test_names_that_are_no_identifiers() -> None:
+    model = nn.Sequential()
+    model.add_module("a b-c", nn.Linear(6, 3))
+    model.add_module("class", nn.ReLU())
+    model.add_module("größe'", nn.Linear(3, 3))
+    gm = trace(model.eval(), x())
+    assert_agrees(model, gm, x(5))

@@ -28,7 +28,7 @@ class Run:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def command(*arguments: str, columns: int = 200) -> Run:
+    def command(*arguments: str, columns: int = 1000) -> Run:
         monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr(sys, "argv", ["qgraph", *arguments])
         with pytest.raises(SystemExit) as ended:

@@ -117,6 +117,7 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         # kinds
         ('name = "small"', "name = 3", ["name is 3", "give a text"]),
         ('name = "small"', 'name = ""', ["name is ''", "not empty"]),
+        ("symmetric = true", "symmetric = false", ["symmetric = false is not available", "zero at code zero"]),
         ("symmetric = true", 'symmetric = "yes"', ["symmetric is 'yes'", "give true or false"]),
         ("weight_bits = 8", "weight_bits = 8.5", ["weight_bits is 8.5", "whole number"]),
         ("weight_bits = 8", "weight_bits = true", ["weight_bits is True", "number"]),

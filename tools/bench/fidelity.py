@@ -32,10 +32,12 @@ def run() -> str:
         "model",
         "elements",
         "differing",
-        "lowest agreement of a site, tables aside",
-        "largest, tables aside",
-        "lowest, tables",
-        "largest, tables",
+        "next to a tie",
+        "lowest agreement of a site",
+        "largest",
+        "unexplained",
+        "lowest, int16 tables",
+        "largest, int16 tables",
     )
     accuracy = (
         f"float {demo.float_accuracy:.2%}, integer {demo.integer_accuracy:.2%}: {drop:.2f} points lower ({verdict})"
@@ -47,7 +49,9 @@ def _row(name: str, sites: tuple[SiteConsistency, ...]) -> tuple[object, ...]:
     interpolated = [site for site in sites if site.op in _TABLES and site.format == "int16"]
     others = [site for site in sites if site not in interpolated]
     elements, differing = sum(s.elements for s in sites), sum(s.differing for s in sites)
-    return (name, elements, differing, *_worst(others), *_worst(interpolated))
+    near = sum(s.near_tie for s in sites)
+    unexplained = sum(s.unexplained for s in others)
+    return (name, elements, differing, near, *_worst(others), unexplained, *_worst(interpolated))
 
 
 def _worst(sites: list[SiteConsistency]) -> tuple[str, str]:

@@ -32,8 +32,9 @@ def run(*, rounds: int = 3) -> str:
         (kind, *(f"{middle(times, f'{kind} {blocks}') / blocks * 1e3:.2f}" for blocks in LENGTHS), _spread(times, kind))
         for kind in ("plain", "checked")
     ]
-    peer = _in_deep_stack(lambda: interleaved({"peer": lambda: _torch_ao(models[1000], image)}, rounds=1, warmup=0))
-    ours, theirs = middle(times, "plain 1000"), middle(peer, "peer")
+    pair = {"ours": candidates["plain 1000"], "peer": lambda: _torch_ao(models[1000], image)}
+    side_by_side = _in_deep_stack(lambda: interleaved(pair, rounds=2, warmup=0))
+    ours, theirs = middle(side_by_side, "ours"), middle(side_by_side, "peer")
     verdict = "ok" if theirs >= 8 * ours else "MISSED"
     headers = ("checks", *(f"{blocks} blocks, ms per block" for blocks in LENGTHS), "largest / smallest")
     comparison = f"{ours:.2f} s, torch.ao prepare_fx {theirs:.1f} s: {theirs / ours:.1f} times as long ({verdict})"
