@@ -123,6 +123,9 @@ def importable(root: nn.Module, path: str) -> str:
         parts.append(f"{name}_" if keyword.iskeyword(name) else name)
         value = getattr(owner, name)
         if parts[-1] != name and not hasattr(owner, parts[-1]):
-            setattr(owner, parts[-1], value)
+            if isinstance(value, nn.Module):
+                owner.__dict__[parts[-1]] = value  # not a child: a running Sequential would call it too
+            else:
+                setattr(owner, parts[-1], value)
         owner = value
     return ".".join(parts)

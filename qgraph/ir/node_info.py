@@ -247,8 +247,9 @@ def submodule_at(root: torch.nn.Module, path: str) -> torch.nn.Module:
     """
     module: torch.nn.Module | None = root
     for part in path.split(".") if path else ():
-        module = module._modules[part] if module is not None else None
-    if module is None:
+        children = {} if module is None else module.__dict__.get("_modules", {})
+        module = children[part] if part in children else getattr(module, part, None)
+    if not isinstance(module, torch.nn.Module):
         raise KeyError(path)
     return module
 
