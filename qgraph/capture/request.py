@@ -109,7 +109,7 @@ def _refuse_unspeakable_names(model: nn.Module) -> None:
     """Names appear in the code of a graph between double quotes, as they are."""
     for path, module in walk_modules(model):
         for table in (module._modules, module._parameters, module._buffers):
-            for name in table.keys():  # noqa: SIM118: a scripted module iterates by number
+            for name, _ in table.items():  # the tables of a scripted module iterate by number
                 if not name.isprintable() or '"' in name or "\\" in name:
                     raise UserError(
                         f"a part of the model is called {name!r}",
