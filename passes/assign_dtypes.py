@@ -130,8 +130,11 @@ class _Planner:
             return weight, result, operands, ()
         request = f"{', '.join(map(str, given))} -> {result}"
         explicit = rule not in self.defaults and rule != _INNER_RULE
-        if not explicit:
+        # A format that no line has at all was never meant as a default among others.
+        known = weight is None or any(weight in line.operands[-1] for line in legal.legal)
+        if not explicit and known:
             if weight is not None and legal.accepts([given[0], qint8], result):
+                self.notes.append(f"{info(node).site}: weight {qint8} instead of {weight}")
                 return qint8, result, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
             for position in reversed(range(len(operands))):
                 if weight is None and legal.accepts([*given[:position], qint8, *given[position + 1 :]], result):
@@ -141,6 +144,7 @@ class _Planner:
                     return weight, result, changed, (f"{rule}: {request} is illegal on {self.target.name}",)
             for other in (qint16, qint8):
                 if legal.accepts(given, other):
+                    self.notes.append(f"{info(node).site}: result {other} instead of {result}")
                     return weight, other, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
         raise QuantizationError(
             f"{request} is illegal for {info(node).op} on {self.target.name}",

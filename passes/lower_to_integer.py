@@ -14,13 +14,13 @@ from torch import fx
 
 from qgraph.errors import QuantizationError
 from qgraph.ir.editor import Editor
-from qgraph.ir.node_info import graph_info, info, update_graph_info, where
+from qgraph.ir.node_info import info, update_graph_info, where
 from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, ITEM
 from qgraph.ir.stage import Stage
 from qgraph.lowering import LoweringContext, lowering_of
 from qgraph.lowering.base import coded
 from qgraph.pipeline import REDEFINES, Numerics, Pass, PassContext, PassResult
-from qgraph.targets import get_target
+from qgraph.targets import target_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class LowerToInteger(Pass):
                 why="strict=True allows none",
                 fix="change these operators, move them out of the model, or convert without strict",
             )
-        target = ctx.target or get_target(graph_info(gm).target or "bpu")
+        target = ctx.target or target_of(gm)
         context = LoweringContext(edit, target)
         for node in list(gm.graph.nodes):
             _lower(node, edit, context)
-        update_graph_info(gm, target=target.name)
+        update_graph_info(gm, target=target)
         return PassResult(gm, True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -127,6 +127,14 @@ class ExampleInputs:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Named(Protocol):
+    """A target, as far as graphs know it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+
 @dataclass(frozen=True)
 class GraphInfo:
     """Everything qgraph knows of a graph as a whole.
@@ -139,7 +147,7 @@ class GraphInfo:
         expected: the graph's outputs on the example inputs, where a run has seen them.
         batch_fixed: why the batch size cannot change; None if it is free.
         stateful: whether a run changes buffers that the next run reads (a waived flag).
-        target: name of the target it was prepared for.
+        target: the target it was prepared for.
         properties: what passes have established, such as `batch-norm-folded`.
         history: names of the passes that ran, in order.
         refusals: rules that matched and did not fire, with reasons.
@@ -153,7 +161,7 @@ class GraphInfo:
     expected: Any = None
     batch_fixed: str | None = None
     stateful: bool = False
-    target: str | None = None
+    target: Named | None = None
     properties: frozenset[str] = frozenset()
     history: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -197,9 +205,9 @@ def graph_info(gm: fx.GraphModule) -> GraphInfo:
     record = meta.get(KEY) if isinstance(meta, dict) else None
     if not isinstance(record, GraphInfo):
         raise UserError(
-            f"this {type(gm).__name__} was not captured by qgraph",
-            why="it carries no qgraph record",
-            fix="capture the model with qgraph.trace(model, example_inputs)",
+            f"this {type(gm).__name__} carries no qgraph record",
+            why="it was not captured by qgraph, or it was pickled, which drops the records",
+            fix="capture the model with qgraph.trace(model, example_inputs); to keep weights, save its state_dict",
         )
     return record
 

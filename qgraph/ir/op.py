@@ -167,8 +167,15 @@ class OpTable:
         """Adds an operator.
 
         Raises:
-            UserError: its name or one of its spellings is taken.
+            UserError: its name or one of its spellings is taken, or an operand is no parameter of its signature.
         """
+        for operand in op.operands:
+            if operand not in op.signature.parameters:
+                raise UserError(
+                    f"the operator {op.name!r} has no parameter {operand!r}",
+                    why=f"its signature has {', '.join(op.signature.parameters) or 'none'}",
+                    fix="name operands as the signature does",
+                )
         if op.name in self._by_name:
             raise UserError(f"an operator named {op.name!r} is defined already", fix="choose another name")
         functions = {**op.functions}

@@ -37,7 +37,7 @@ def print_graph(gm: fx.GraphModule, *, source: bool = True, values: bool = True)
         values: whether to give shapes and dtypes.
     """
     head = graph_info(gm)
-    target = f", target {head.target}" if head.target else ""
+    target = f", target {head.target.name}" if head.target else ""
     rows = [_row(node, source=source) for node in gm.graph.nodes if node.op != "output"]
     name_width = min(_WIDEST, max((len(row[0]) for row in rows), default=0))
     value_width = min(_WIDEST, max((len(row[1]) for row in rows), default=0))

@@ -11,6 +11,7 @@ from qgraph.lowering.base import (
     register_lowering,
     support,
 )
+from qgraph.lowering.elementwise import requantized_to
 
 __all__ = [
     "LOWERINGS",
@@ -22,6 +23,7 @@ __all__ = [
     "movement",
     "products",
     "register_lowering",
+    "requantized_to",
     "support",
     "windows",
 ]

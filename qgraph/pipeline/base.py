@@ -158,7 +158,8 @@ class RewritePass(Pass):
         edit = ctx.edit(gm, self)
         done = rewrite_graph(edit, self.rules(gm, ctx))
         notes = tuple(f"{rule}: {count}" for rule, count in done.fired.items())
-        return PassResult(gm, edit.changes > 0, notes, tuple(done.refusals.values()))
+        changed = edit.changes > 0 or bool(done.fired)  # a rule may have gone around the editor
+        return PassResult(gm, changed, notes, tuple(done.refusals.values()))
 
 
 @dataclass(frozen=True)

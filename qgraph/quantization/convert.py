@@ -15,7 +15,7 @@ from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
 from qgraph.quantization.prepare import require_pipeline, require_stage
 from qgraph.quantization.sites import require_float32, require_prepared, set_fake_quantize
 from qgraph.quantization.states import FakeQuantState
-from qgraph.targets import get_target
+from qgraph.targets import target_of
 
 CONVERT = "freeze-qparams,lower-to-integer,clean-up-integer"
 
@@ -61,7 +61,7 @@ def convert(
         )
     with paused_collection():
         frozen = _settled_copy(gm)
-        target = get_target(graph_info(gm).target or "bpu")
+        target = target_of(gm)
         ctx = PassContext(example=graph_info(gm).example, target=target)
         chosen = pipeline or convert_pipeline(strict=strict)
         result = chosen.run(frozen, ctx, checks=checks, observers=observers, in_place=True)

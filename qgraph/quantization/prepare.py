@@ -82,7 +82,7 @@ def prepare(
         result = steps.run(gm, ctx, checks=checks, observers=observers, in_place=True)
         own_tensors(result.gm, model)
     require_stage(result.gm, Stage.PREPARED, steps)
-    update_graph_info(result.gm, target=chosen.name)
+    update_graph_info(result.gm, target=chosen)
     if not any(info(node).op is FAKE_QUANT for node in result.gm.graph.nodes):
         raise UserError(
             "nothing in this model can be quantized",

@@ -87,7 +87,14 @@ def _guarded_check(rule: Rule, match: Match) -> Verdict:
         record = info(node)
         if record.in_place or record.unstable:
             return no("its memory is written in place", node)
-    return rule.check(match)
+    verdict = rule.check(match)
+    if not isinstance(verdict, Verdict):
+        raise PassError(
+            f"the check of rule {rule.name} returned {verdict!r}",
+            where=where(match.root),
+            fix="return yes(), no(reason) or skip()",
+        )
+    return verdict
 
 
 def _refusal(rule: Rule, match: Match, verdict: Verdict) -> Refusal:

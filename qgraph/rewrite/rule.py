@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from qgraph.errors import PassError
 from qgraph.ir.editor import Editor
 from qgraph.rewrite.pattern import Call, Match
 
@@ -29,6 +30,8 @@ def yes() -> Verdict:
 
 def no(reason: str, node: fx.Node | None = None) -> Verdict:
     """The rule must not fire, because of `reason`, at `node` (the match's root if not given)."""
+    if not reason:
+        raise PassError("a refusal gives no reason", fix="say why in no(reason), or return skip()")
     return Verdict(reason, node)
 
 

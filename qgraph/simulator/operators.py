@@ -120,7 +120,13 @@ def _contiguous(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+
+def define_operator(name: str, schema: str, kernel: Callable[..., torch.Tensor], fake: Callable[..., Any]) -> None:
+    """Makes `torch.ops.qgraph.<name>`."""
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, _contiguous(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+
 for _name, _schema in SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, _contiguous(KERNELS[_name]), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", FAKES[_name], lib=_LIBRARY)
+    define_operator(_name, _schema, KERNELS[_name], FAKES[_name])

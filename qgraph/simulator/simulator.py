@@ -11,6 +11,7 @@ those that exist, not a surprise in the middle.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +29,10 @@ from qgraph.ir.op_table import CONSTANT
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.stage import Stage
 from qgraph.simulator.cost import OpCost, op_cost
+from qgraph.simulator.operators import define_operator
 from qgraph.simulator.reference import KERNELS as REFERENCE
 from qgraph.simulator.trace import KernelTrace
-from qgraph.targets import Target, get_target
+from qgraph.targets import Target, target_of
 
 Kernel = Callable[..., torch.Tensor]
 ANY_TARGET = "*"
@@ -50,6 +52,31 @@ def register_kernel(kernels: str, operator: str, target: str, kernel: Kernel) ->
     if (operator, target) in table:
         raise UserError(f"kernel set {kernels!r} has a kernel for ({operator}, {target}) already")
     table[(operator, target)] = kernel
+
+
+def register_operator(
+    name: str, schema: str, kernel: Kernel, fake: Callable[..., torch.Tensor], *, kernels: str = "reference"
+) -> None:
+    """Adds an integer operator: `torch.ops.qgraph.<name>` and its kernel for any target.
+
+    Args:
+        name: its name.
+        schema: torch's schema without the name, such as `(Tensor x, Tensor y, *, str format) -> Tensor`.
+        kernel: computes it on integer tensors; takes `trace: KernelTrace | None = None` besides the schema's arguments.
+        fake: the result's shape and dtype without values.
+        kernels: the kernel set it joins.
+
+    Raises:
+        UserError: an operator of that name exists, or the kernel takes no `trace`.
+    """
+    if any(operator == name for table in KERNEL_SETS.values() for operator, _ in table):
+        raise UserError(f"an integer operator named {name!r} exists already", fix="choose another name")
+    if "trace" not in inspect.signature(kernel).parameters:
+        raise UserError(
+            f"the kernel of {name!r} takes no trace", fix="add the parameter trace: KernelTrace | None = None"
+        )
+    define_operator(name, schema, kernel, fake)
+    register_kernel(kernels, name, ANY_TARGET, kernel)
 
 
 @dataclass(frozen=True)
@@ -147,7 +174,7 @@ class Simulator:
         if kernels not in KERNEL_SETS:
             raise UserError(f"no kernel set is named {kernels!r}", fix=did_you_mean(kernels, KERNEL_SETS))
         self.gm = integer
-        self.target: Target = get_target(graph_info(integer).target or "bpu")
+        self.target: Target = target_of(integer)
         self.kernels = self._select(kernels)
         self.sites = {info(node).site: node for node in integer.graph.nodes if _is_site(node)}
 

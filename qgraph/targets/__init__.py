@@ -1,6 +1,6 @@
 """Hardware targets as data."""
 
-from qgraph.targets.find import ENTRY_POINT_GROUP, get_target, list_targets, load_target
+from qgraph.targets.find import ENTRY_POINT_GROUP, get_target, list_targets, load_target, target_of
 from qgraph.targets.parse import parse_target
 from qgraph.targets.target import LegalFormats, OpRule, Target
 
@@ -13,4 +13,5 @@ __all__ = [
     "list_targets",
     "load_target",
     "parse_target",
+    "target_of",
 ]

@@ -11,7 +11,10 @@ from importlib import resources
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from torch import fx
+
 from qgraph.errors import QGraphError, TargetError, did_you_mean
+from qgraph.ir.node_info import graph_info
 from qgraph.targets.parse import parse_target
 from qgraph.targets.target import Target
 
@@ -37,6 +40,12 @@ def get_target(target: Target | str | Path) -> Target:
     if target not in points:
         raise TargetError(f"no target is named {target!r}", fix=did_you_mean(target, [*BUILT_IN, *points]))
     return _provided(points[target])
+
+
+def target_of(gm: fx.GraphModule) -> Target:
+    """The target a graph was prepared for; the default one if none is recorded."""
+    recorded = graph_info(gm).target
+    return recorded if isinstance(recorded, Target) else get_target("bpu")
 
 
 def list_targets() -> list[str]:

@@ -40,6 +40,8 @@ def parse_target(text: str, *, origin: str) -> Target:
         )
     units = _units(table.table("units"))
     tables, arithmetic = table.table("tables"), table.table("arithmetic")
+    for step in STEPS:
+        arithmetic.text(step)  # the lowerings of qgraph need these; others may need more
     sampling, memory = table.table("sampling"), table.table("memory")
     sampling.allow({"weight_bits"})
     memory.allow({"bytes_per_cycle", "clock_hz"})
@@ -117,6 +119,9 @@ class _Table:
         if not isinstance(self.data[key], kind):
             raise self.wrong(key, expected)
         return self.data[key]
+
+
+STEPS = ("product", "sum", "sample")
 
 
 def _arithmetic(table: _Table, step: str) -> Arithmetic:

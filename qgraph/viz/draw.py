@@ -48,7 +48,7 @@ def draw(gm: fx.GraphModule, path: str | Path, *, title: str | None = None) -> P
 def to_dot(gm: fx.GraphModule, *, title: str | None = None) -> pydot.Dot:
     """The pydot graph of a picture, for further changes."""
     head = graph_info(gm)
-    target = f", target {head.target}" if head.target else ""
+    target = f", target {head.target.name}" if head.target else ""
     dot = empty_picture(title or f"{head.model} ({head.stage}{target})")
     roles = {node: role_of(node) for node in gm.graph.nodes if not is_hidden(node)}
     add_graph(dot, gm, roles)

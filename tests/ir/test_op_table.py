@@ -102,3 +102,9 @@ def test_operators_that_keep_the_scale_have_a_first_operand(op: Op) -> None:
 def test_spelled_functions_of_torch_are_what_they_seem() -> None:
     assert OPS.function(F.relu)[0] is RELU
     assert OPS.function(F.conv2d)[0] is CONV2D
+
+
+def test_operands_are_parameters() -> None:
+    wrong = Op("half", OpKind.TABLE, inspect.signature(lambda x: None), operands=("input",))
+    with pytest.raises(UserError, match="'half' has no parameter 'input'"):
+        OpTable().define(wrong)

@@ -143,8 +143,9 @@ def restricted(op: str, legal: LegalFormats) -> Target:
 def test_an_illegal_default_changes_to_the_nearest_weight_format() -> None:
     both_int16 = DefaultQconfigSetter(QConfig(output=qint16, weight=qint16), "all int16")
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    gm = assign(model, torch.randn(2, 4), both_int16).gm
-    plan = weight_plans(gm)["0"]
+    result = assign(model, torch.randn(2, 4), both_int16)
+    assert "0: weight int8 instead of int16" in result.notes
+    plan = weight_plans(result.gm)["0"]
     assert plan.format == qint8, "bpu multiplies int16 by int8"
     assert plan.overrode == ("all int16: int16, int16 -> int16 is illegal on bpu",)
 

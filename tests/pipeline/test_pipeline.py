@@ -26,9 +26,11 @@ from qgraph.pipeline import (
     PassResult,
     Pipeline,
     ProvenanceObserver,
+    RewritePass,
     TimingObserver,
     close,
 )
+from qgraph.rewrite import Match, Rule, Verdict, call, no
 from tests.support.models import Residual, image
 from tests.support.passes import count_ops, nodes_of, relative_error
 
@@ -299,3 +301,44 @@ def test_promises_allow_for_what_the_network_amplifies() -> None:
     (claimed,) = (member.keeps.rtol for member in steps.flat() if member.name == "decompose-composites")
     assert relative_error(gm(example), changed(example)) > claimed
     assert steps.bisect(gm, rtol=claimed) is not None, "a bound given by hand is taken as it is"
+
+
+class _AroundTheEditor(Rule):
+    name = "around-the-editor"
+    root = call(RELU)
+
+    def rewrite(self, match: Match, edit: Editor) -> None:
+        with edit.graph.inserting_before(match.root):
+            edit.graph.call_function(torch.neg, match.root.args)
+
+
+class _NoVerdict(_AroundTheEditor):
+    name = "no-verdict"
+
+    def check(self, match: Match) -> Verdict:
+        return True  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _RuleOf(RewritePass):
+    name: ClassVar[str] = "rule-of"
+    kind: type[Rule] = _AroundTheEditor
+
+    def rules(self, gm: fx.GraphModule, ctx: PassContext) -> list[Rule]:
+        return [self.kind()]
+
+
+def test_a_rule_that_goes_around_the_editor_is_caught(gm: fx.GraphModule) -> None:
+    steps = Pipeline((Canonicalize(), _RuleOf()))
+    with pytest.raises(VerifyError, match="carries no record"):
+        steps.run(gm)
+
+
+def test_a_check_must_give_a_verdict(gm: fx.GraphModule) -> None:
+    with pytest.raises(PassError, match="check of rule no-verdict returned True"):
+        Pipeline((Canonicalize(), _RuleOf(_NoVerdict))).run(gm)
+
+
+def test_a_refusal_needs_a_reason() -> None:
+    with pytest.raises(PassError, match="no reason"):
+        no("")

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from qgraph import FakeQuantState, QConfig, Simulator, calibrate, convert, prepare, set_fake_quantize, trace
 from qgraph.analysis.consistency import SiteConsistency, compare_sites
 from qgraph.errors import UserError
-from qgraph.ir.node_info import graph_info, info
+from qgraph.ir.node_info import ExampleInputs, graph_info, info
 from qgraph.ir.stage import Stage
 from qgraph.numerics import QType, qint8, qint16
-from qgraph.pipeline import CheckLevel, Pipeline
+from qgraph.pipeline import EXACT, CheckLevel, Pipeline, close
+from qgraph.pipeline.checks import promise_broken
 from tests.properties.generated import SHAPE, Generated, Step, steps
-from tests.support.passes import assert_idempotent, relative_error
+from tests.support.passes import assert_idempotent
 
 FLOAT_PASSES = (
     "fold-constants,canonicalize,eliminate-dead-code,split-shared-modules,fuse-conv-bn-add-relu,use-channels-last,"
@@ -33,11 +34,9 @@ def check_float_passes(model: Generated) -> None:
     x, other = torch.randn(2, *SHAPE), torch.randn(5, *SHAPE)
     captured = trace(model, x)
     rewritten = Pipeline.parse(FLOAT_PASSES).run(captured, checks=CheckLevel.CLAIMS).gm
-    for gm, tolerance in ((captured, 0.0), (rewritten, 1e-5)):
-        for expected, actual in zip(_results(model, other), _results(gm, other), strict=True):
-            assert expected.shape == actual.shape
-            scale = max(1.0, expected.abs().max().item())
-            assert ((expected - actual).abs().max() <= tolerance * scale).item()
+    for gm, numerics in ((captured, EXACT), (rewritten, close(2e-5))):
+        broken = promise_broken(gm, ExampleInputs((other,)), _results(model, other), _results(gm, other), numerics)
+        assert broken is None, broken
     assert_idempotent(rewritten, FLOAT_PASSES)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -51,9 +50,8 @@ def check_integers(model: Generated, output: QType) -> None:
     prepared = prepare(model, x, QConfig(output=output))
     calibrate(prepared, [torch.randn(8, *SHAPE) for _ in range(2)], progress=False)
     set_fake_quantize(prepared, FakeQuantState.FLOAT)
-    for expected, actual in zip(_results(model, other), _results(prepared, other), strict=True):
-        if expected.abs().max() > 0:
-            assert relative_error(expected, actual) < 1e-4
+    results = _results(model, other), _results(prepared, other)
+    assert promise_broken(prepared, ExampleInputs((other,)), *results, close(1e-4)) is None
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
     integer = convert(prepared)
     assert graph_info(integer).stage is Stage.INTEGER
@@ -94,13 +92,13 @@ def _results(module: object, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-@settings(max_examples=40, **quiet)
+@settings(max_examples=40, derandomize=True, **quiet)
 @given(networks)
 def test_float_passes_keep_every_network(model: Generated) -> None:
     check_float_passes(model)
 
 
-@settings(max_examples=40, **quiet)
+@settings(max_examples=40, derandomize=True, **quiet)
 @given(networks, st.sampled_from([qint8, qint16]))
 def test_integers_agree_with_fake_quantization_for_every_network(model: Generated, output: QType) -> None:
     check_integers(model, output)

@@ -27,6 +27,8 @@ weight_bits = 8
 
 [arithmetic]
 product = "int32:wrap/fixed_point:24:half_even"
+sum = "int32:wrap/fixed_point:24:half_even"
+sample = "int32:wrap/fixed_point:24:half_even"
 
 [[ops]]
 names = ["conv2d", "linear"]
@@ -109,6 +111,7 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         ("clock_hz", "clock", ["unknown key 'clock'", "[memory]"]),
         ('name = "small"\n', "", ["lacks 'name'", "give a text"]),
         ("symmetric = true\n", "", ["lacks 'symmetric'", "give true or false"]),
+        ("product = ", "prodct = ", ["lacks 'product'", "[arithmetic]"]),
         ("weight_bits = 8\n", "", ["lacks 'weight_bits'", "[sampling]"]),
         ("bytes_per_cycle = 4\n", "", ["lacks 'bytes_per_cycle'", "[memory]"]),
         ("[sampling]\nweight_bits = 8\n", "", ["lacks 'sampling'", "give a table"]),
