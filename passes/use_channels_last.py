@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from qgraph.ir.identities import memory_is_read
+from qgraph.ir.identities import is_unread_copy
 from qgraph.ir.node_info import info, module_of, tensor_at
-from qgraph.ir.op_table import CONV2D, CONV_TRANSPOSE2D, IDENTITY
+from qgraph.ir.op_table import CONV2D, CONV_TRANSPOSE2D
 from qgraph.ir.stage import Stage
 from qgraph.nn import clone_module
 from qgraph.pipeline import Numerics, Pass, PassContext, PassResult, close
@@ -36,7 +36,7 @@ class UseChannelsLast(Pass):
         moved: dict[int, nn.Parameter] = {}
         held = _held_elsewhere(gm)
         for node in list(gm.graph.nodes):
-            if _only_lays_out(node):
+            if info(node).relaid and is_unread_copy(node):
                 edit.bypass(node, node.all_input_nodes[0])
             if not _is_convolution(node):
                 continue
@@ -55,13 +55,6 @@ class UseChannelsLast(Pass):
 
 def _is_convolution(node: fx.Node) -> bool:
     return node.op == "call_module" and info(node).op in (CONV2D, CONV_TRANSPOSE2D)
-
-
-def _only_lays_out(node: fx.Node) -> bool:
-    record = info(node)
-    if record.op is not IDENTITY or not record.relaid or record.unstable or memory_is_read(node):
-        return False
-    return not info(node.all_input_nodes[0]).unstable
 
 
 def _held_elsewhere(gm: fx.GraphModule) -> set[int]:

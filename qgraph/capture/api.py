@@ -26,8 +26,8 @@ from qgraph.capture.leaves import LeafChoice
 from qgraph.capture.recorder import Recorder
 from qgraph.capture.recording import Recording, StateWrite
 from qgraph.capture.replay import Outcome, Reference, kept_random_states, replay
-from qgraph.capture.request import METHODS, Request, check_request
-from qgraph.capture.source import is_user_file
+from qgraph.capture.request import METHODS, Request, check_request, fails_on_example
+from qgraph.capture.source import line_of_error
 from qgraph.capture.structure import Inputs
 from qgraph.capture.symbolic import record_symbolically
 from qgraph.capture.verify import reproducible
@@ -135,12 +135,7 @@ def _record(request: Request, root: nn.Module, inputs: Inputs) -> Recording:
     except QGraphError:
         raise
     except Exception as error:
-        raise CaptureError(
-            f"{request.name} fails on the example inputs",
-            where=_user_line_of(error),
-            why=f"{type(error).__name__}: {error}",
-            fix="give example inputs with which model(*example_inputs) runs",
-        ) from error
+        raise fails_on_example(request.name, line_of_error(error), error) from error
 
 
 def _build(
@@ -215,16 +210,7 @@ def _outcome(request: Request, reference: Reference, inputs: Inputs) -> Outcome:
     except Exception as error:
         raise CaptureError(
             f"{request.name} fails on other values, so its graph cannot be verified",
-            where=_user_line_of(error),
+            where=line_of_error(error),
             why=f"{type(error).__name__}: {error}",
             fix="pass verify=False to accept an unverified graph, or typical example inputs",
         ) from error
-
-
-def _user_line_of(error: BaseException) -> str | None:
-    line, traceback = None, error.__traceback__
-    while traceback is not None:
-        if is_user_file(traceback.tb_frame.f_code.co_filename):
-            line = f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    return line

@@ -15,7 +15,7 @@ from qgraph.capture.inputs import check_inputs
 from qgraph.capture.leaves import LeafChoice, LeafRule, leaf_rule
 from qgraph.capture.names import walk_modules
 from qgraph.capture.structure import Inputs, as_example, bind_to_forward
-from qgraph.errors import UserError, did_you_mean
+from qgraph.errors import CaptureError, UserError, did_you_mean
 
 METHODS = ("auto", "jit", "symbolic")
 
@@ -64,6 +64,16 @@ class Request:
         return model(*args, **kwargs)
 
 
+def fails_on_example(model: str, where: str | None, error: Exception) -> CaptureError:
+    """What is raised where the model's own forward fails."""
+    return CaptureError(
+        f"{model} fails on the example inputs",
+        where=where,
+        why=f"{type(error).__name__}: {error}",
+        fix="give example inputs with which model(*example_inputs) runs",
+    )
+
+
 def check_request(
     model: nn.Module,
     example_inputs: Any,
@@ -86,8 +96,9 @@ def check_request(
         raise UserError(f"unknown capture method {method!r}", fix=did_you_mean(method, METHODS))
     model = unwrapped(model)
     _refuse_scripted(model)
-    _refuse_training(model)
-    _refuse_unspeakable_names(model)
+    walked = walk_modules(model)
+    _refuse_training(model, walked)
+    _refuse_unspeakable_names(model, walked)
     example = as_example(example_inputs)
     inputs = bind_to_forward(model, example)
     check_inputs(inputs)
@@ -105,9 +116,9 @@ def _refuse_scripted(model: nn.Module) -> None:
         )
 
 
-def _refuse_unspeakable_names(model: nn.Module) -> None:
+def _refuse_unspeakable_names(model: nn.Module, walked: list[tuple[str, nn.Module]]) -> None:
     """Names appear in the code of a graph between double quotes, as they are."""
-    for path, module in walk_modules(model):
+    for path, module in walked:
         for table in (module._modules, module._parameters, module._buffers):
             for name, _ in table.items():  # the tables of a scripted module iterate by number
                 if not name.isprintable() or '"' in name or "\\" in name:
@@ -119,8 +130,8 @@ def _refuse_unspeakable_names(model: nn.Module) -> None:
                     )
 
 
-def _refuse_training(model: nn.Module) -> None:
-    training = [path or type(model).__name__ for path, module in walk_modules(model) if module.training]
+def _refuse_training(model: nn.Module, walked: list[tuple[str, nn.Module]]) -> None:
+    training = [path or type(model).__name__ for path, module in walked if module.training]
     if training:
         shown = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
         raise UserError(

@@ -43,6 +43,17 @@ def user_line() -> SourceLine | None:
     return SourceLine(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
 
 
+def line_of_error(error: BaseException) -> str | None:
+    """File and line of the innermost user frame that an error passed through."""
+    line, traceback = None, error.__traceback__
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_filename
+        if is_user_file(name):
+            line = f"{name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return line
+
+
 def functional_module() -> tuple[nn.Module, str] | None:
     """The `FloatFunctional` whose method is running and the method's name, if user code called one."""
     frame: FrameType | None = sys._getframe(1)

@@ -22,8 +22,8 @@ from qgraph.capture.names import Scope, SiteNames, plain_tensors, walk_modules
 from qgraph.capture.outputs import output_argument
 from qgraph.capture.recorder import Recorder
 from qgraph.capture.recording import Recording, StateWrite, Write
-from qgraph.capture.request import Request
-from qgraph.capture.source import functional_module, is_user_file, user_line
+from qgraph.capture.request import Request, fails_on_example
+from qgraph.capture.source import functional_module, is_user_file, line_of_error, user_line
 from qgraph.capture.structure import Inputs, Path, leaves, map_leaves, tensors_in
 from qgraph.capture.taint import flat_tensors, storage_key
 from qgraph.errors import CaptureError, QGraphError
@@ -155,7 +155,7 @@ def _trace(tracer: _Tracer, recorder: _Recorder, inputs: Inputs) -> None:
     except Exception as error:
         raise CaptureError(
             f"torch.fx cannot trace {type(root).__name__}",
-            where=_line_of(error),
+            where=line_of_error(error),
             why=f"{type(error).__name__}: {error}",
             fix='use method="jit", wrap the function with torch.fx.wrap, or name its module in leaf_modules',
         ) from error
@@ -244,12 +244,8 @@ def _observe(gm: fx.GraphModule, recorder: _Recorder, inputs: Inputs) -> Recordi
         except (QGraphError, StateWrite):
             raise
         except Exception as error:
-            raise CaptureError(
-                f"{type(recorder.root).__name__} fails on the example inputs",
-                where=f"{record.site} at {record.source or 'an unknown line'}",
-                why=f"{type(error).__name__}: {error}",
-                fix="give example inputs with which model(*example_inputs) runs",
-            ) from error
+            place = f"{record.site} at {record.source or 'an unknown line'}"
+            raise fails_on_example(type(recorder.root).__name__, place, error) from error
         if not flat_tensors((args, kwargs, value)):
             op = SCALAR  # arithmetic on sizes
         moved = op in (IDENTITY, CAST) and relaid(args, value)
@@ -289,13 +285,3 @@ def _source(node: fx.Node) -> SourceLine | None:
         if is_user_file(match["file"]):
             found = SourceLine(match["file"], int(match["line"]), match["function"])
     return found
-
-
-def _line_of(error: BaseException) -> str | None:
-    line, traceback = None, error.__traceback__
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        if is_user_file(code.co_filename):
-            line = f"{code.co_filename}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    return line

@@ -10,9 +10,14 @@ from qgraph.ir.op_table import IDENTITY, ITEM, OPAQUE
 
 
 def is_free_identity(node: fx.Node) -> bool:
-    """Whether an identity may go without changing a bit: nobody sees that it copies or lays out its operand anew."""
+    """Whether a node is an identity that may go without changing a bit, whatever follows it."""
+    return is_unread_copy(node) and not info(node).relaid
+
+
+def is_unread_copy(node: fx.Node) -> bool:
+    """Whether a node is an identity of which nobody sees that it copies, though its memory layout may be its own."""
     record = info(node)
-    if record.op is not IDENTITY or record.in_place or record.unstable or record.relaid:
+    if record.op is not IDENTITY or record.in_place or record.unstable:
         return False
     # A copy made before its operand is written holds the old value.
     return not any(info(operand).unstable for operand in node.all_input_nodes) and not memory_is_read(node)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import fx
 
 from qgraph.ir.editor import Editor
-from qgraph.ir.node_info import ExampleInputs, Refusal, graph_info
+from qgraph.ir.node_info import ExampleInputs, Refusal
 from qgraph.ir.stage import Stage
 from qgraph.rewrite import Rule, rewrite_graph
 
@@ -172,8 +172,3 @@ class PassReport:
     notes: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     checks: tuple[str, ...] = field(default_factory=tuple)
-
-
-def properties_of(gm: fx.GraphModule) -> frozenset[str]:
-    """What earlier passes have established about a graph."""
-    return graph_info(gm).properties

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from qgraph.ir.arguments import weight_of
 from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import info, tensor_at
 from qgraph.ir.op import OpKind
@@ -52,7 +53,7 @@ def op_cost(node: fx.Node, gm: fx.GraphModule, target: Target) -> OpCost:
     results = _tensors(info(node).value)
     data = [tensor_spec(used) for used in node.all_input_nodes if info(used).op is not CONSTANT]
     moved = sum(_bytes(spec) for spec in (*operands, *results))
-    macs = _macs(node, gm)
+    macs = macs_of(node, gm)
     elements = sum(spec.numel for spec in results)
     unit = _unit(node, target)
     formats = [_FORMATS[spec.dtype] for spec in data if spec is not None and spec.dtype in _FORMATS]
@@ -60,11 +61,6 @@ def op_cost(node: fx.Node, gm: fx.GraphModule, target: Target) -> OpCost:
     compute = (macs or elements) / rate
     memory = moved / target.bytes_per_cycle
     return OpCost(unit, macs, elements, moved, max(compute, memory), "compute" if compute >= memory else "memory")
-
-
-def macs_of(node: fx.Node, gm: fx.GraphModule) -> int:
-    """Multiply-accumulates of a matrix-product node in any stage; 0 for others."""
-    return _macs(node, gm)
 
 
 def _unit(node: fx.Node, target: Target) -> str:
@@ -89,13 +85,11 @@ def _weight(node: fx.Node, gm: fx.GraphModule) -> torch.Tensor | None:
     if integer_name(node.target) in ("conv", "linear"):
         weight = node.args[1]
         return tensor_at(gm, str(weight.target)) if isinstance(weight, fx.Node) else None
-    if node.op == "call_module":
-        held = getattr(gm.get_submodule(str(node.target)), "weight", None)
-        return held if isinstance(held, torch.Tensor) else None
-    return None
+    return weight_of(node)
 
 
-def _macs(node: fx.Node, gm: fx.GraphModule) -> int:
+def macs_of(node: fx.Node, gm: fx.GraphModule) -> int:
+    """Multiply-accumulates of a matrix-product node in any stage; 0 for others."""
     record, result = info(node), tensor_spec(node)
     if record.op.kind is not OpKind.MATMUL or result is None:
         return 0

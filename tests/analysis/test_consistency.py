@@ -12,8 +12,7 @@ from qgraph.analysis import compare_sites
 from qgraph.errors import StateError, UserError
 from qgraph.ir.node_info import info
 from qgraph.quantization import FakeQuantState, calibrate, convert, prepare, set_fake_quantize
-from tests.passes.models import Forward
-from tests.support.models import Attention, Residual, image
+from tests.support.models import Attention, Forward, Residual, image
 
 
 def road(model: nn.Module, x: torch.Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:

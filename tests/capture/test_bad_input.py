@@ -15,7 +15,7 @@ import qgraph
 from qgraph.capture import trace
 from qgraph.errors import CaptureError, UserError
 from tests.capture.checks import assert_agrees, network, process_state, x
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 # --- arguments of trace ----------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def test_wrong_options(options: dict[str, Any], words: list[str]) -> None:
 
 
 def test_one_waiver_without_a_list() -> None:
-    gm = trace(Function(lambda m, x: x * float(x.max())).eval(), x(), waive="scalar", verify=False)
+    gm = trace(Forward(lambda m, x: x * float(x.max())).eval(), x(), waive="scalar", verify=False)
     assert "scalar" in qgraph.graph_info(gm).notes[0]
 
 
@@ -104,7 +104,7 @@ def test_interrupts_pass_through(error: type[BaseException]) -> None:
 
     before = process_state()
     with pytest.raises(error):
-        trace(Function(forward).eval(), x())
+        trace(Forward(forward).eval(), x())
     assert process_state() == before
 
 
@@ -118,7 +118,7 @@ def test_training_mode() -> None:
 
 
 def test_a_submodule_in_training_mode_is_named() -> None:
-    model = Function(lambda m, x: m.net(x), net=nn.Sequential(nn.Linear(6, 6), nn.Dropout())).eval()
+    model = Forward(lambda m, x: m.net(x), net=nn.Sequential(nn.Linear(6, 6), nn.Dropout())).eval()
     model.net[1].train()
     with pytest.raises(UserError, match=r"where: net\.1"):
         trace(model, x())
@@ -186,7 +186,7 @@ def test_a_model_that_cannot_be_copied(build: type[nn.Module]) -> None:
 
 
 def test_nan_and_infinity_in_the_output() -> None:
-    model = Function(lambda m, x: (x / 0 * 0, x.log(), x / 0)).eval()
+    model = Forward(lambda m, x: (x / 0 * 0, x.log(), x / 0)).eval()
     gm = trace(model, x())
     assert_agrees(model, gm, x(5))
 
@@ -200,7 +200,7 @@ def test_nan_in_the_example() -> None:
 
 
 def test_complex_nan_in_the_output() -> None:
-    model = Function(lambda m, x: torch.complex(x, x) / 0).eval()
+    model = Forward(lambda m, x: torch.complex(x, x) / 0).eval()
     gm = trace(model, x())
     assert gm(x(5)).isnan().all() or gm(x(5)).isinf().any()
 
@@ -242,10 +242,10 @@ def test_grad_modes(mode: str, where: str) -> None:
     context = torch.inference_mode if mode == "inference" else torch.no_grad
     linear = nn.Linear(6, 6)
     if where == "in the forward":
-        model = Function(context()(lambda m, x: (m.linear(x) + 1).relu()), linear=linear).eval()
+        model = Forward(context()(lambda m, x: (m.linear(x) + 1).relu()), linear=linear).eval()
         gm = trace(model, x())
     else:
-        model = Function(lambda m, x: (m.linear(x) + 1).relu(), linear=linear).eval()
+        model = Forward(lambda m, x: (m.linear(x) + 1).relu(), linear=linear).eval()
         with context():
             gm = trace(model, x())
     assert_agrees(model, gm, x(5))

@@ -17,7 +17,7 @@ import qgraph
 from qgraph.capture import trace
 from qgraph.errors import UserError
 from tests.capture.checks import assert_agrees, run
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 EXAMPLES = (1, 2, 3)
 SIZES = (1, 2, 5, 7)
@@ -141,7 +141,7 @@ FREE: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize(("function", "parts"), [case[1:] for case in FREE], ids=[case[0] for case in FREE])
 def test_free(function: Callable[..., Any], parts: dict[str, Any], example: int) -> None:
-    model = Function(function, **parts).eval()
+    model = Forward(function, **parts).eval()
     gm = trace(model, batch(example))
     assert qgraph.graph_info(gm).batch_fixed is None
     for size in SIZES:
@@ -226,7 +226,7 @@ NONLINEAR: list[tuple[str, Callable[..., Any]]] = [
 @pytest.mark.parametrize("example", [*EXAMPLES, 8])
 @pytest.mark.parametrize("function", [case[1] for case in NONLINEAR], ids=[case[0] for case in NONLINEAR])
 def test_free_or_fixed_but_never_wrong(function: Callable[..., Any], example: int) -> None:
-    model = Function(function).eval()
+    model = Forward(function).eval()
     gm = trace(model, batch(example))
     fixed = qgraph.graph_info(gm).batch_fixed
     assert_agrees(model, gm, batch(example))
@@ -268,7 +268,7 @@ def assert_agrees_or_refuses(model: nn.Module, gm: fx.GraphModule, size: int) ->
 def test_which_sizes_are_served(
     function: Callable[..., Any], example: int, served: tuple[int, ...], refused: tuple[int, ...]
 ) -> None:
-    model = Function(function).eval()
+    model = Forward(function).eval()
     gm = trace(model, batch(example))
     assert qgraph.graph_info(gm).batch_fixed is None
     for size in served:
@@ -279,8 +279,8 @@ def test_which_sizes_are_served(
 
 
 def test_conditions_of_a_graph_inside_a_model_still_hold() -> None:
-    inner = trace(Function(lambda m, x: x * 2 if x.shape[0] > 1 else x).eval(), batch(2))
-    model = Function(lambda m, x: m.inner(x) + 1, inner=inner).eval()
+    inner = trace(Forward(lambda m, x: x * 2 if x.shape[0] > 1 else x).eval(), batch(2))
+    model = Forward(lambda m, x: m.inner(x) + 1, inner=inner).eval()
     gm = trace(model, batch(2))
     assert_agrees(model, gm, batch(5))
     with pytest.raises(UserError, match="does not serve a batch size of 1"):
@@ -303,7 +303,7 @@ def test_conditions_of_a_graph_inside_a_model_still_hold() -> None:
     ids=["fails", "float", "branch", "loop", "numpy constant", "no batch in the output"],
 )
 def test_reason(function: Callable[..., Any], reason: str | None) -> None:
-    gm = trace(Function(function).eval(), batch(2))
+    gm = trace(Forward(function).eval(), batch(2))
     fixed = qgraph.graph_info(gm).batch_fixed
     if reason is None:
         assert fixed is None
@@ -317,14 +317,14 @@ def test_reason(function: Callable[..., Any], reason: str | None) -> None:
 
 
 def test_reason_names_the_users_line() -> None:
-    gm = trace(Function(lambda m, x: x * math.sqrt(x.shape[0])).eval(), batch(2))
+    gm = trace(Forward(lambda m, x: x * math.sqrt(x.shape[0])).eval(), batch(2))
     assert "test_batch.py" in str(qgraph.graph_info(gm).batch_fixed)
 
 
 def test_reason_when_inputs_have_no_dimension() -> None:
-    gm = trace(Function(lambda m, x: x * 2).eval(), torch.tensor(1.5))
+    gm = trace(Forward(lambda m, x: x * 2).eval(), torch.tensor(1.5))
     assert "no input has a first dimension" in str(qgraph.graph_info(gm).batch_fixed)
-    assert_agrees(Function(lambda m, x: x * 2).eval(), gm, torch.tensor(-3.0))
+    assert_agrees(Forward(lambda m, x: x * 2).eval(), gm, torch.tensor(-3.0))
 
 
 # Nothing in these depends on the batch: what depends is how the recorder runs the model the second time.
@@ -345,12 +345,12 @@ def batch_positions(size: int) -> torch.Tensor:
 
 
 def test_a_branch_on_the_device_leaves_the_batch_free() -> None:
-    model = Function(on_the_cpu, linear=nn.Linear(6, 6)).eval()
+    model = Forward(on_the_cpu, linear=nn.Linear(6, 6)).eval()
     assert qgraph.graph_info(trace(model, batch(2))).batch_fixed is None
 
 
 def test_a_cached_constant_leaves_the_batch_free() -> None:
-    model = Function(lambda m, x: x + positions(x.shape[1])[:, None]).eval()
+    model = Forward(lambda m, x: x + positions(x.shape[1])[:, None]).eval()
     for _ in range(2):
         positions.cache_clear()
         gm = trace(model, batch(2))
@@ -360,7 +360,7 @@ def test_a_cached_constant_leaves_the_batch_free() -> None:
 
 def test_the_shape_run_leaves_nothing_in_the_users_caches() -> None:
     batch_positions.cache_clear()
-    model = Function(lambda m, x: x + batch_positions(x.shape[0])[:, None, None]).eval()
+    model = Forward(lambda m, x: x + batch_positions(x.shape[0])[:, None, None]).eval()
     trace(model, batch(2))
     for size in (1, 2, 4, 6, 8):
         assert run(model, (batch(size),)).device.type == "cpu"
@@ -369,7 +369,7 @@ def test_the_shape_run_leaves_nothing_in_the_users_caches() -> None:
 
 
 def test_one_tensor_given_twice_leaves_the_batch_free() -> None:
-    model = Function(lambda m, a, b: a * b).eval()
+    model = Forward(lambda m, a, b: a * b).eval()
     same = batch(2)
     gm = trace(model, (same, same))
     assert qgraph.graph_info(gm).batch_fixed is None
@@ -380,20 +380,20 @@ def test_one_tensor_given_twice_leaves_the_batch_free() -> None:
 
 
 def test_two_inputs_with_the_same_batch() -> None:
-    model = Function(lambda m, a, b: a * b.view(b.shape[0], 1, 6)).eval()
+    model = Forward(lambda m, a, b: a * b.view(b.shape[0], 1, 6)).eval()
     gm = trace(model, (batch(2), batch(2, 6)))
     for size in SIZES:
         assert_agrees(model, gm, batch(size), batch(size, 6))
 
 
 def test_different_batches_are_refused_by_name() -> None:
-    gm = trace(Function(lambda m, a, b: a + b.mean()).eval(), (batch(2), batch(2)))
+    gm = trace(Forward(lambda m, a, b: a + b.mean()).eval(), (batch(2), batch(2)))
     with pytest.raises(UserError, match="different batch sizes"):
         gm(batch(5), batch(7))
 
 
 def test_second_input_has_twice_the_batch() -> None:
-    model = Function(lambda m, a, b: a + b.view(a.shape[0], 2, 4, 6).mean(1)).eval()
+    model = Forward(lambda m, a, b: a + b.view(a.shape[0], 2, 4, 6).mean(1)).eval()
     gm = trace(model, (batch(2), batch(4)))
     assert qgraph.graph_info(gm).batch_fixed is None
     for size in SIZES:
@@ -408,7 +408,7 @@ def test_only_one_input_is_batched(order: str) -> None:
         x, table = (a, b) if order == "batched first" else (b, a)
         return x @ table.view(5, 6).T
 
-    model = Function(forward).eval()
+    model = Forward(forward).eval()
     table = batch(5, 6)
     arrange = (lambda x: (x, table)) if order == "batched first" else (lambda x: (table, x))
     gm = trace(model, arrange(batch(2)))
@@ -419,7 +419,7 @@ def test_only_one_input_is_batched(order: str) -> None:
 
 def test_a_table_of_the_same_size_by_accident() -> None:
     """Dimension 0 of a table equals the batch of the example: right or refused, never wrong."""
-    model = Function(lambda m, x, table: x * table.view(2, 6).sum(0)).eval()
+    model = Forward(lambda m, x, table: x * table.view(2, 6).sum(0)).eval()
     gm = trace(model, (batch(2), batch(2, 6)))
     for size in SIZES:
         try:
@@ -431,7 +431,7 @@ def test_a_table_of_the_same_size_by_accident() -> None:
 
 def test_sequence_first_models() -> None:
     """Dimension 0 is the length there; another batch (dimension 1) is refused, not computed wrongly."""
-    model = Function(lambda m, x: m.rnn(x)[0], rnn=nn.LSTM(6, 5)).eval()
+    model = Forward(lambda m, x: m.rnn(x)[0], rnn=nn.LSTM(6, 5)).eval()
     gm = trace(model, torch.randn(4, 2, 6))
     assert_agrees(model, gm, torch.randn(7, 2, 6))
     with pytest.raises(UserError, match=r"expected \[any, 2, 6\]"):
@@ -456,7 +456,7 @@ def test_shapes_of_recurrent_layers(layer: nn.RNNBase, samples: str) -> None:
         parts = [output, *(state if isinstance(state, tuple) else (state,))]
         return [part.reshape(part.shape[0], part.shape[1], -1) * part.shape[0] for part in parts]
 
-    model = Function(forward, layer=layer).eval()
+    model = Forward(forward, layer=layer).eval()
     gm = trace(model, batch(2))
     assert qgraph.graph_info(gm).batch_fixed is None
     for size in SIZES:
@@ -464,7 +464,7 @@ def test_shapes_of_recurrent_layers(layer: nn.RNNBase, samples: str) -> None:
 
 
 def test_nested_inputs_carry_the_batch() -> None:
-    model = Function(lambda m, d: d["a"][0] * d["b"] + torch.arange(d["b"].shape[0])[:, None]).eval()
+    model = Forward(lambda m, d: d["a"][0] * d["b"] + torch.arange(d["b"].shape[0])[:, None]).eval()
     gm = trace(model, ({"a": [batch(2, 3), 1.0], "b": batch(2, 3)},))
     assert qgraph.graph_info(gm).batch_fixed is None
     for size in SIZES:
@@ -472,7 +472,7 @@ def test_nested_inputs_carry_the_batch() -> None:
 
 
 def test_an_empty_batch_is_served_or_refused_clearly() -> None:
-    model = Function(lambda m, x: x * 2).eval()
+    model = Forward(lambda m, x: x * 2).eval()
     gm = trace(model, batch(2))
     try:
         result = gm(batch(0))
@@ -483,7 +483,7 @@ def test_an_empty_batch_is_served_or_refused_clearly() -> None:
 
 
 def test_an_empty_example_batch() -> None:
-    model = Function(lambda m, x: x * 2).eval()
+    model = Forward(lambda m, x: x * 2).eval()
     try:
         gm = trace(model, batch(0))
     except UserError as error:
@@ -494,7 +494,7 @@ def test_an_empty_example_batch() -> None:
 
 
 def test_without_verification_the_batch_is_free_as_well() -> None:
-    model = Function(learned_tokens, token=torch.randn(1, 1, 6), position=torch.randn(5, 6)).eval()
+    model = Forward(learned_tokens, token=torch.randn(1, 1, 6), position=torch.randn(5, 6)).eval()
     gm = trace(model, batch(2), verify=False)
     assert qgraph.graph_info(gm).batch_fixed is None
     for size in SIZES:
@@ -502,7 +502,7 @@ def test_without_verification_the_batch_is_free_as_well() -> None:
 
 
 def test_without_verification_a_model_with_a_fixed_batch_says_so() -> None:
-    gm = trace(Function(lambda m, x: x.reshape(2, 24)).eval(), batch(2), verify=False)
+    gm = trace(Forward(lambda m, x: x.reshape(2, 24)).eval(), batch(2), verify=False)
     assert "fails at batch" in str(qgraph.graph_info(gm).batch_fixed)
 
 

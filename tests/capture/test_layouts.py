@@ -12,7 +12,7 @@ from qgraph.capture import trace
 from qgraph.capture.layout import TensorLayout, copy_tensor, laid_out_as, strides_like
 from qgraph.errors import UserError
 from tests.capture.checks import Mixed, assert_agrees, x
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 # --- number formats and memory layouts -------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ def test_formats_mixed_in_the_forward() -> None:
         half = m.linear(x.half())
         return (half.float().double() + x).to(torch.bfloat16), half
 
-    model = Function(forward, linear=nn.Linear(6, 6).half()).eval()
+    model = Forward(forward, linear=nn.Linear(6, 6).half()).eval()
     gm = trace(model, x())
     assert_agrees(model, gm, x(5))
 
@@ -70,7 +70,7 @@ def test_a_channels_last_model() -> None:
 
 
 def test_a_forward_that_needs_the_layout_of_the_example() -> None:
-    model = Function(lambda m, x: x.permute(0, 2, 3, 1).view(x.shape[0], -1) * 2).eval()
+    model = Forward(lambda m, x: x.permute(0, 2, 3, 1).view(x.shape[0], -1) * 2).eval()
     gm = trace(model, LAYOUTS["channels_last"](2))
     assert_agrees(model, gm, LAYOUTS["channels_last"](5))
 
@@ -80,7 +80,7 @@ def test_strides_read_in_the_forward() -> None:
         rows, columns = x.stride()
         return x.as_strided((x.shape[0], 4, 3), (rows, columns, columns)) * 2
 
-    model = Function(windows).eval()
+    model = Forward(windows).eval()
     gm = trace(model, torch.randn(2, 6))
     given = torch.randn(6, 2).t()
     try:
@@ -91,7 +91,7 @@ def test_strides_read_in_the_forward() -> None:
 
 
 def test_a_branch_on_the_layout() -> None:
-    model = Function(lambda m, x: x * 2 if x.is_contiguous() else x * 3).eval()
+    model = Forward(lambda m, x: x * 2 if x.is_contiguous() else x * 3).eval()
     gm = trace(model, torch.randn(2, 6))
     given = torch.randn(6, 2).t()
     try:
@@ -111,7 +111,7 @@ def test_a_write_to_what_may_be_a_copy_of_the_input(transposed: bool) -> None:
     def make(flag: bool) -> torch.Tensor:
         return torch.randn(6, 2).t() if flag else torch.randn(2, 6)
 
-    model = Function(forward).eval()
+    model = Forward(forward).eval()
     gm = trace(model, make(transposed))
     given = make(transposed)
     assert torch.equal(gm(given.clone()), model(given.clone()))
@@ -125,7 +125,7 @@ def test_a_write_to_a_copy_that_is_the_only_one_used_does_not_tie_the_layout() -
         z.add_(1)
         return z.flatten()
 
-    model = Function(forward).eval()
+    model = Forward(forward).eval()
     gm = trace(model, torch.randn(2, 6))
     given = torch.randn(6, 2).t()
     assert torch.equal(gm(given), model(given))
@@ -160,10 +160,10 @@ def test_layouts_are_told_apart() -> None:
 
 
 def test_the_layout_is_guarded_only_where_it_matters() -> None:
-    reads = trace(Function(lambda m, x: x * x.stride()[0]).eval(), torch.randn(2, 6))
+    reads = trace(Forward(lambda m, x: x * x.stride()[0]).eval(), torch.randn(2, 6))
     with pytest.raises(UserError) as raised:
         reads(torch.randn(6, 2).t())
     assert "inputs_0 has strides [1, 2], expected the layout of the example, whose strides are [6, 1]" in str(
         raised.value
     )
-    trace(Function(lambda m, x: x * 2).eval(), torch.randn(2, 6))(torch.randn(6, 2).t())
+    trace(Forward(lambda m, x: x * 2).eval(), torch.randn(2, 6))(torch.randn(6, 2).t())

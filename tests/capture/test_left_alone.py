@@ -20,7 +20,7 @@ from torch import nn
 from qgraph.capture import trace
 from qgraph.errors import CaptureError, QGraphError
 from tests.capture.checks import network, process_state, snapshot, x
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 # --- what stays as it was --------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ FORWARDS = [
 
 
 def stateful(function: Callable[..., Any]) -> nn.Module:
-    model = Function(function, linear=nn.Linear(6, 6), count=torch.ones(1))
+    model = Forward(function, linear=nn.Linear(6, 6), count=torch.ones(1))
     model.cached, model.calls, model.table, model.history = None, 0, {}, []
     return model.eval()
 
@@ -209,7 +209,7 @@ def test_a_counter_outside_the_model_is_refused_and_not_advanced() -> None:
         return x * calls
 
     with pytest.raises(CaptureError, match="state"):
-        trace(Function(forward).eval(), x())
+        trace(Forward(forward).eval(), x())
     assert calls.item() == 0
 
 
@@ -222,7 +222,7 @@ def test_a_global_scratch_tensor_is_not_shared_with_the_graph() -> None:
 
     example = x()
     with suppress(CaptureError):
-        gm = trace(Function(forward).eval(), example)
+        gm = trace(Forward(forward).eval(), example)
         scratch.zero_()
         assert torch.equal(gm(example), example * 2)
 
@@ -312,7 +312,7 @@ def test_the_graph_owns_its_tensors() -> None:
 
 def test_the_graph_owns_its_constants() -> None:
     table = torch.randn(6)
-    gm = trace(Function(lambda m, x: x + table).eval(), x())
+    gm = trace(Forward(lambda m, x: x + table).eval(), x())
     example = x()
     before = gm(example)
     table.zero_()
@@ -337,7 +337,7 @@ def test_the_graph_owns_its_leaf_modules() -> None:
 
 
 def test_example_inputs_are_not_changed_or_kept() -> None:
-    model = Function(lambda m, x: x.add_(1)).eval()
+    model = Forward(lambda m, x: x.add_(1)).eval()
     example = x()
     before = example.clone()
     gm = trace(model, example)
@@ -374,13 +374,13 @@ def test_capture_of_a_random_model_puts_the_states_back(source: str) -> None:
     }
     before = random_states()
     with pytest.raises(CaptureError, match="random"):
-        trace(Function(draws_from[source]).eval(), x_without_drawing())
+        trace(Forward(draws_from[source]).eval(), x_without_drawing())
     assert random_states() == before
 
 
 def test_a_waived_random_model_is_compared_with_the_same_draws() -> None:
     torch.manual_seed(3)
-    gm = trace(Function(lambda m, x: x + torch.rand_like(x)).eval(), x(), waive=["random"])
+    gm = trace(Forward(lambda m, x: x + torch.rand_like(x)).eval(), x(), waive=["random"])
     example = x()
     torch.manual_seed(5)
     expected = example + torch.rand_like(example)
@@ -390,4 +390,4 @@ def test_a_waived_random_model_is_compared_with_the_same_draws() -> None:
 
 def test_dropout_that_is_always_on() -> None:
     with pytest.raises(CaptureError, match="random"):
-        trace(Function(lambda m, x: F.dropout(x, 0.5)).eval(), x())
+        trace(Forward(lambda m, x: F.dropout(x, 0.5)).eval(), x())

@@ -13,7 +13,7 @@ from qgraph.errors import UserError
 from qgraph.ir.node_info import info
 from qgraph.ir.values import TensorSpec
 from tests.capture.checks import assert_agrees, called_modules, calls, line_of, sites
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 METHODS = ["jit", "symbolic"]
 
@@ -92,7 +92,7 @@ def test_functional_counters_belong_to_one_run_of_the_owner(method: str) -> None
 
 
 def test_counters_are_kept_per_function() -> None:
-    gm = trace(Function(lambda m, x: torch.relu(x + 1) * 2 + torch.relu(x) * 3).eval(), x())
+    gm = trace(Forward(lambda m, x: torch.relu(x + 1) * 2 + torch.relu(x) * 3).eval(), x())
     assert sites(gm) == [
         "_generated_add_0",
         "_generated_relu_0",
@@ -112,12 +112,12 @@ def test_every_spelling_of_an_operator_has_one_name() -> None:
         x.add_(1)
         return 1 + x
 
-    gm = trace(Function(forward).eval(), x())
+    gm = trace(Forward(forward).eval(), x())
     assert sites(gm) == [f"_generated_add_{position}" for position in range(6)]
 
 
 def test_shared_leaf_counts_its_calls() -> None:
-    gm = trace(Function(lambda m, x: m.l(m.l(m.l(x))), l=nn.Linear(6, 6)).eval(), x())
+    gm = trace(Forward(lambda m, x: m.l(m.l(m.l(x))), l=nn.Linear(6, 6)).eval(), x())
     assert sites(gm) == ["l", "l(1)", "l(2)"]
     assert called_modules(gm) == ["l"] * 3
 
@@ -239,19 +239,19 @@ def test_a_module_made_in_forward_belongs_to_the_running_module() -> None:
 
     gm = trace(nn.ModuleDict({"inner": Inner()})["inner"].eval(), x())
     assert sites(gm) == ["_generated_softmax_0", "_generated_add_0"]
-    outer = Function(lambda m, x: m.inner(x), inner=Inner()).eval()
+    outer = Forward(lambda m, x: m.inner(x), inner=Inner()).eval()
     assert sites(trace(outer, x())) == ["inner._generated_softmax_0", "inner._generated_add_0"]
 
 
 def test_parts_of_a_tuple_are_named_after_it() -> None:
-    gm = trace(Function(lambda m, x: x.chunk(2, -1)[1] + m.rnn(x[:, :, :3])[0], rnn=nn.GRU(3, 3)).eval(), x())
+    gm = trace(Forward(lambda m, x: x.chunk(2, -1)[1] + m.rnn(x[:, :, :3])[0], rnn=nn.GRU(3, 3)).eval(), x())
     found = sites(gm)
     assert "_generated_chunk_0[1]" in found
     assert "rnn[0]" in found
 
 
 def test_parameters_and_buffers_keep_their_paths() -> None:
-    model = Function(lambda m, x: F.linear(x, m.inner.weight) + m.shift, inner=nn.Linear(6, 6), shift=torch.ones(6))
+    model = Forward(lambda m, x: F.linear(x, m.inner.weight) + m.shift, inner=nn.Linear(6, 6), shift=torch.ones(6))
     gm = trace(model.eval(), x())
     assert {node.target for node in gm.graph.nodes if node.op == "get_attr"} == {"inner.weight", "shift"}
 
@@ -412,7 +412,7 @@ def test_every_node_has_a_record(method: str) -> None:
 
 
 def test_values_of_nested_results() -> None:
-    gm = trace(Function(lambda m, x: m.rnn(x), rnn=nn.LSTM(6, 5, batch_first=True)).eval(), x())
+    gm = trace(Forward(lambda m, x: m.rnn(x), rnn=nn.LSTM(6, 5, batch_first=True)).eval(), x())
     node = next(node for node in gm.graph.nodes if info(node).site == "rnn")
     state = TensorSpec((1, 2, 5), torch.float32)
     assert info(node).value == (TensorSpec((2, 4, 5), torch.float32), (state, state))

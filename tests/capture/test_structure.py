@@ -17,7 +17,7 @@ from qgraph import ExampleInputs
 from qgraph.capture import trace
 from qgraph.errors import CaptureError, UserError
 from tests.capture.checks import assert_agrees, run
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 
 def t(*shape: int) -> torch.Tensor:
@@ -125,7 +125,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_output(name: str) -> None:
-    model = Function(OUTPUTS[name], weight=nn.Parameter(t(3)), table=t(4)).eval()
+    model = Forward(OUTPUTS[name], weight=nn.Parameter(t(3)), table=t(4)).eval()
     gm = trace(model, t())
     for _ in range(2):
         example = t()
@@ -135,13 +135,13 @@ def test_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["named tuple", "dataclass", "frozen dataclass", "ordered dict"])
 def test_output_classes_nested_in_lists_are_kept(name: str) -> None:
-    model = Function(lambda m, x: [OUTPUTS[name](m, x)]).eval()
+    model = Forward(lambda m, x: [OUTPUTS[name](m, x)]).eval()
     gm = trace(model, t())
     assert type(gm(t())[0]) is type(model(t())[0])
 
 
 def test_a_parameter_in_the_output_is_a_copy() -> None:
-    model = Function(lambda m, x: (m.weight, x), weight=nn.Parameter(t(3))).eval()
+    model = Forward(lambda m, x: (m.weight, x), weight=nn.Parameter(t(3))).eval()
     gm = trace(model, t())
     assert gm(t())[0].data_ptr() != model.weight.data_ptr()
 
@@ -160,7 +160,7 @@ def test_an_output_no_graph_can_rebuild_is_refused() -> None:
         lambda m, x: (x, np.float64(1.0)),
     ):
         with pytest.raises(CaptureError, match="cannot rebuild"):
-            trace(Function(function).eval(), t())
+            trace(Forward(function).eval(), t())
 
 
 def test_an_output_class_with_another_constructor_is_refused() -> None:
@@ -173,7 +173,7 @@ def test_an_output_class_with_another_constructor_is_refused() -> None:
             self.unit_length = len(unit)
 
     with pytest.raises(CaptureError, match="Measured, which a graph cannot rebuild") as raised:
-        trace(Function(lambda m, x: Measured(x, "cm")).eval(), t())
+        trace(Forward(lambda m, x: Measured(x, "cm")).eval(), t())
     assert "unit" in str(raised.value)
 
 
@@ -183,7 +183,7 @@ def test_transformers_output() -> None:
     def forward(m, x):
         return outputs.BaseModelOutputWithPooling(last_hidden_state=x * 2, hidden_states=(x, x + 1))
 
-    model = Function(forward).eval()
+    model = Forward(forward).eval()
     result = trace(model, t())(example := t())
     assert isinstance(result, outputs.BaseModelOutputWithPooling)
     assert result.pooler_output is None
@@ -236,7 +236,7 @@ INPUTS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("name", INPUTS)
 def test_input(name: str) -> None:
     function, example = INPUTS[name]
-    model = Function(function).eval()
+    model = Forward(function).eval()
     given = example()
     gm = trace(model, given)
     for _ in range(2):
@@ -393,7 +393,7 @@ def two(m, x, mask):
     ],
 )
 def test_wrong_tensor(args: Any, named: Any, words: str) -> None:
-    gm = trace(Function(two).eval(), (t(), t()))
+    gm = trace(Forward(two).eval(), (t(), t()))
     with pytest.raises(UserError) as raised:
         gm(*(make() for make in args), **named)
     assert words in str(raised.value)
@@ -448,7 +448,7 @@ STRUCTURE: dict[str, tuple[Any, Any, Any, str]] = {
 @pytest.mark.parametrize("name", STRUCTURE)
 def test_wrong_structure(name: str) -> None:
     function, example, other, words = STRUCTURE[name]
-    gm = trace(Function(function).eval(), (example,))
+    gm = trace(Forward(function).eval(), (example,))
     with pytest.raises(UserError) as raised:
         gm(other)
     assert words in str(raised.value)
@@ -456,20 +456,20 @@ def test_wrong_structure(name: str) -> None:
 
 
 def test_the_mapping_kind_may_differ() -> None:
-    model = Function(lambda m, d: d["a"] * 2).eval()
+    model = Forward(lambda m, d: d["a"] * 2).eval()
     gm = trace(model, ({"a": t()},))
     assert_agrees(model, gm, collections.OrderedDict(a=t()))
 
 
 def test_the_order_of_keys_may_not_differ() -> None:
-    model = Function(lambda m, d: torch.cat(list(d.values()))).eval()
+    model = Forward(lambda m, d: torch.cat(list(d.values()))).eval()
     gm = trace(model, ({"a": t(), "b": t()},))
     with pytest.raises(UserError, match="keys of input inputs_0 come in another order"):
         gm({"b": t(), "a": t()})
 
 
 def test_a_number_that_is_not_a_number() -> None:
-    model = Function(lambda m, x, fill: x.nan_to_num(fill) if fill == fill else x * 2).eval()
+    model = Forward(lambda m, x, fill: x.nan_to_num(fill) if fill == fill else x * 2).eval()
     gm = trace(model, (t(), float("nan")))
     assert_agrees(model, gm, t(), float("nan"))
 
@@ -488,7 +488,7 @@ class Settings:
 )
 def test_objects_that_may_change_unnoticed_are_refused(given: Any) -> None:
     """The graph would keep what they hold now, and a detection model's `NestedTensor` would become a constant."""
-    model = Function(lambda m, batch: batch["x"] * 2).eval()
+    model = Forward(lambda m, batch: batch["x"] * 2).eval()
     with pytest.raises(UserError) as raised:
         trace(model, ({"x": t(), "more": [given]},))
     assert f"inputs_0['more'][0] is a {type(given).__name__}" in str(raised.value)
@@ -506,12 +506,12 @@ def test_objects_that_may_change_unnoticed_are_refused(given: Any) -> None:
 )
 def test_tensors_without_plain_memory_are_refused(given: torch.Tensor, words: str) -> None:
     with pytest.raises(UserError) as raised:
-        trace(Function(lambda m, v: v[0] * 2).eval(), ([t(), given],))
+        trace(Forward(lambda m, v: v[0] * 2).eval(), ([t(), given],))
     assert f"inputs_0[1] {words}" in str(raised.value)
 
 
 def test_calling_does_not_change_the_inputs() -> None:
-    model = Function(lambda m, d: d["a"].add_(1) * 2).eval()
+    model = Forward(lambda m, d: d["a"].add_(1) * 2).eval()
     gm = trace(model, ({"a": t()},))
     given = {"a": t()}
     before = given["a"].clone()
@@ -523,7 +523,7 @@ def test_calling_does_not_change_the_inputs() -> None:
 def test_the_graph_can_be_copied_and_printed() -> None:
     import copy
 
-    model = Function(lambda m, d: {"out": Sample(d["a"] * 2, [d["a"]])}).eval()
+    model = Forward(lambda m, d: {"out": Sample(d["a"] * 2, [d["a"]])}).eval()
     gm = trace(model, ({"a": t()},))
     example = {"a": t()}
     assert torch.equal(copy.deepcopy(gm)(example)["out"].image, gm(example)["out"].image)

@@ -11,7 +11,7 @@ from torch import nn
 
 from qgraph.capture import trace
 from tests.capture.checks import called_modules, network, sites, x
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 
 def test_other_threads_may_use_modules_meanwhile() -> None:
@@ -53,7 +53,7 @@ def test_other_threads_may_draw_random_numbers_meanwhile() -> None:
     worker = threading.Thread(target=draw)
     worker.start()
     try:
-        trace(Function(forward, linear=nn.Linear(6, 6)).eval(), torch.ones(2, 4, 6), verify=False)
+        trace(Forward(forward, linear=nn.Linear(6, 6)).eval(), torch.ones(2, 4, 6), verify=False)
     finally:
         worker.join()
 
@@ -74,7 +74,7 @@ def test_two_captures_at_once() -> None:
         return m.net(x)
 
     models = {
-        name: Function(function, net=network()).eval() for name, function in (("first", first), ("second", second))
+        name: Forward(function, net=network()).eval() for name, function in (("first", first), ("second", second))
     }
     example = x()
 

@@ -18,7 +18,7 @@ import qgraph
 from qgraph.capture import trace
 from qgraph.errors import UserError
 from tests.capture.checks import Mixed, assert_agrees, called_modules, network, run, sites, x
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 # --- wrapped, hooked and reparametrized models -----------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def test_compiled_model_is_not_compiled_for_capture() -> None:
 
 
 def test_compiled_submodule_keeps_its_names() -> None:
-    model = Function(lambda m, x: m.inner(x) + 1, inner=torch.compile(network(), backend="eager")).eval()
+    model = Forward(lambda m, x: m.inner(x) + 1, inner=torch.compile(network(), backend="eager")).eval()
     gm = trace(model, x())
     assert_agrees(model, gm, x(5))
     assert called_modules(gm) == ["inner.0", "inner.1", "inner.2"]
@@ -283,7 +283,7 @@ def test_tracing_a_traced_graph() -> None:
 
 def test_a_traced_graph_inside_a_model() -> None:
     inner = trace(network(), x())
-    model = Function(lambda m, x: m.inner(x) + m.inner(x * 2), inner=inner).eval()
+    model = Forward(lambda m, x: m.inner(x) + m.inner(x * 2), inner=inner).eval()
     gm = trace(model, x())
     assert called_modules(gm) == ["inner.0", "inner.1", "inner.2"] * 2
     assert_agrees(model, gm, x(5))
@@ -292,7 +292,7 @@ def test_a_traced_graph_inside_a_model() -> None:
 def test_constants_of_a_traced_graph_do_not_collide_with_new_ones() -> None:
     table = torch.from_numpy(np.arange(6, dtype="float32"))
     other = torch.from_numpy(np.ones(6, dtype="float32") * 5)
-    inner = trace(Function(lambda m, x: x + torch.from_numpy(np.arange(6, dtype="float32"))).eval(), x())
+    inner = trace(Forward(lambda m, x: x + torch.from_numpy(np.arange(6, dtype="float32"))).eval(), x())
     assert "_constant_0" in dict(inner.named_buffers())
     inner.register_forward_hook(lambda module, args, output: output * other)
     gm = trace(inner, x())
@@ -333,7 +333,7 @@ def test_a_deeply_nested_input() -> None:
             value = value[0]
         return value * 2
 
-    model = Function(forward).eval()
+    model = Forward(forward).eval()
     gm = trace(model, (nested,))
     assert_agrees(model, gm, nested)
 

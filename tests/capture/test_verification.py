@@ -12,21 +12,21 @@ from qgraph.capture import trace
 from qgraph.capture.verify import first_difference
 from qgraph.errors import CaptureError
 from tests.capture.checks import assert_agrees, x
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 
 def test_verify_false_runs_the_model_less_often() -> None:
     counts = []
     for verify in (True, False):
         calls: list[int] = []
-        trace(Function(lambda m, x, calls=calls: calls.append(1) or x * 2).eval(), x(), verify=verify)
+        trace(Forward(lambda m, x, calls=calls: calls.append(1) or x * 2).eval(), x(), verify=verify)
         counts.append(len(calls))
     assert counts[1] < counts[0]
 
 
 def test_flags_are_raised_without_verification_too() -> None:
     with pytest.raises(CaptureError, match="scalar"):
-        trace(Function(lambda m, x: x * float(x.max())).eval(), x(), verify=False)
+        trace(Forward(lambda m, x: x * float(x.max())).eval(), x(), verify=False)
 
 
 def test_replay_catches_a_counter_outside_the_model() -> None:
@@ -37,7 +37,7 @@ def test_replay_catches_a_counter_outside_the_model() -> None:
         return x * len(calls)
 
     with pytest.raises(CaptureError, match="does not reproduce"):
-        trace(Function(forward).eval(), x())
+        trace(Forward(forward).eval(), x())
 
 
 def test_replay_catches_a_counter_outside_the_model_with_a_fixed_batch() -> None:
@@ -48,12 +48,12 @@ def test_replay_catches_a_counter_outside_the_model_with_a_fixed_batch() -> None
         return x.reshape(2, 24) * len(calls)
 
     with pytest.raises(CaptureError, match="does not reproduce"):
-        trace(Function(forward).eval(), x())
+        trace(Forward(forward).eval(), x())
 
 
 def test_replay_catches_the_clock() -> None:
     with pytest.raises(CaptureError, match="does not reproduce"):
-        trace(Function(lambda m, x: x * time.perf_counter()).eval(), x())
+        trace(Forward(lambda m, x: x * time.perf_counter()).eval(), x())
 
 
 def test_replay_says_where_the_outputs_differ() -> None:
@@ -64,7 +64,7 @@ def test_replay_says_where_the_outputs_differ() -> None:
         return {"same": x, "other": [x, x[:, 0] * len(calls)]}
 
     with pytest.raises(CaptureError) as raised:
-        trace(Function(forward).eval(), x())
+        trace(Forward(forward).eval(), x())
     message = str(raised.value)
     assert "output['other'][1]" in message
     assert "elements, by up to" in message
@@ -72,7 +72,7 @@ def test_replay_says_where_the_outputs_differ() -> None:
 
 def test_a_model_that_fails_on_varied_values_says_so() -> None:
     """Only positive definite matrices have a Cholesky factor; a permuted one is none."""
-    model = Function(lambda m, x: torch.linalg.cholesky(x)).eval()
+    model = Forward(lambda m, x: torch.linalg.cholesky(x)).eval()
     example = torch.eye(4)[None].repeat(2, 1, 1) + 0.1
     with pytest.raises(CaptureError) as raised:
         trace(model, example)

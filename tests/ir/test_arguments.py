@@ -13,12 +13,12 @@ from qgraph.ir.arguments import bind, classify, quant_rule
 from qgraph.ir.node_info import info
 from qgraph.ir.op import QuantRule
 from qgraph.ir.op_table import ITEM, OPAQUE, OPS, SLICE
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 
 def captured(function, *example, **children):
     """The last operator of a traced function."""
-    gm = trace(Function(lambda m, *xs: function(m, *xs), **children).eval(), example)
+    gm = trace(Forward(lambda m, *xs: function(m, *xs), **children).eval(), example)
     return [node for node in gm.graph.nodes if node.op != "output"][-1]
 
 

@@ -9,8 +9,7 @@ from qgraph import trace
 from qgraph.ir.copying import copy_graph, drop_unused_modules
 from qgraph.ir.editor import Editor
 from qgraph.ir.node_info import graph_info, info
-from tests.passes.models import Forward
-from tests.support.models import Residual, image
+from tests.support.models import Forward, Residual, image
 
 X = image()
 

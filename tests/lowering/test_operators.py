@@ -23,7 +23,7 @@ from qgraph.ir.values import TensorSpec, format_spec
 from qgraph.numerics import QType, qint8, qint16
 from qgraph.quantization import QConfig, calibrate, convert, prepare
 from qgraph.simulator import Simulator
-from tests.capture.dangers import Function
+from tests.support.models import Forward
 
 
 class Case(NamedTuple):
@@ -34,11 +34,11 @@ class Case(NamedTuple):
 
 
 def of(function: Callable[..., Any], **children: Any) -> Callable[[], nn.Module]:
-    return lambda: Function(function, **children)
+    return lambda: Forward(function, **children)
 
 
 def module(child: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: Function(lambda m, x: m.child(x), child=child)
+    return lambda: Forward(lambda m, x: m.child(x), child=child)
 
 
 # torch warns once that padding="same" with an even kernel copies its input.

@@ -9,7 +9,7 @@ from qgraph import Simulator, calibrate, convert, prepare
 from qgraph.errors import QuantizationError
 from qgraph.lowering.base import encode_saturating
 from qgraph.numerics import parse_arithmetic, qint8, qint16
-from tests.passes.models import Forward
+from tests.support.models import Forward
 
 
 @pytest.mark.parametrize("word", ["fixed_point:24:half_even", "fixed_point:31:floor", "float:half_up"])

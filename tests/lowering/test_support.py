@@ -19,7 +19,7 @@ from qgraph.lowering.base import Lowering, LoweringContext, lowering_of, support
 from qgraph.pipeline import Pipeline
 from qgraph.quantization import calibrate, convert, prepare
 from qgraph.targets import get_target
-from tests.passes.models import Forward
+from tests.support.models import Forward
 
 IMAGE = (2, 4, 6, 6)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,22 +19,6 @@ from tests.support.passes import assert_idempotent, relative_error
 BATCHES = (1, 2, 5)
 FUSE = "canonicalize,fuse-conv-bn-add-relu"
 FOLD_RTOL = 2e-6
-
-
-class Forward(nn.Module):
-    """A forward given as a function of the module and its inputs; children, parameters and buffers by name."""
-
-    def __init__(self, function: Callable[..., Any], **children: Any) -> None:
-        super().__init__()
-        for name, child in children.items():
-            if isinstance(child, torch.Tensor) and not isinstance(child, nn.Parameter):
-                self.register_buffer(name, child)
-            else:
-                setattr(self, name, child)
-        self._function = function
-
-    def forward(self, *inputs: Any) -> Any:
-        return self._function(self, *inputs)
 
 
 def randomize_norms(model: nn.Module) -> nn.Module:

@@ -20,8 +20,7 @@ from qgraph.pipeline import CheckLevel, PassContext, Pipeline, PipelineResult
 from qgraph.quantization import DefaultQconfigSetter, ModuleNameQconfigSetter, QConfig, get_qconfig
 from qgraph.quantization.qconfig import as_setters
 from qgraph.targets import LegalFormats, OpRule, Target, get_target
-from tests.passes.models import Forward
-from tests.support.models import Attention, Residual, image
+from tests.support.models import Attention, Forward, Residual, image
 from tests.support.passes import assert_idempotent
 
 BEFORE = "canonicalize,split-shared-modules,fuse-conv-bn-add-relu,decompose-composites,insert-quant-stubs"

@@ -17,7 +17,6 @@ from qgraph.ir.node_info import graph_info, info, module_of
 from qgraph.nn import FloatFunctional
 from qgraph.pipeline import CheckLevel, Pipeline
 from tests.passes.models import (
-    Forward,
     anonymous,
     before_and_after,
     capture_and_run,
@@ -27,6 +26,7 @@ from tests.passes.models import (
     printed,
     randomize_norms,
 )
+from tests.support.models import Forward
 from tests.support.passes import assert_idempotent, count_ops, nodes_of, run_passes
 
 PASS = "canonicalize"

@@ -15,8 +15,8 @@ from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import info
 from qgraph.pipeline import CheckLevel, Pipeline
 from qgraph.quantization import ModuleNameQconfigSetter, calibrate, get_qconfig, prepare, prepare_pipeline
-from tests.passes.models import Forward, check_values, printed
-from tests.support.models import Attention, Residual, image
+from tests.passes.models import check_values, printed
+from tests.support.models import Attention, Forward, Residual, image
 from tests.support.passes import assert_idempotent
 
 

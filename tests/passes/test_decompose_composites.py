@@ -16,7 +16,8 @@ from qgraph.ir.op import OpKind
 from qgraph.ir.op_table import BATCH_NORM, LAYER_NORM
 from qgraph.pipeline import CheckLevel, PassContext, Pipeline
 from qgraph.targets import get_target
-from tests.passes.models import Forward, before_and_after, check_all, check_values, randomize_norms
+from tests.passes.models import before_and_after, check_all, check_values, randomize_norms
+from tests.support.models import Forward
 from tests.support.passes import count_ops, nodes_of, refusal_with, run_passes
 
 DECOMPOSE = "canonicalize,decompose-composites"

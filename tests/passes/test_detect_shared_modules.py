@@ -13,7 +13,8 @@ from passes.detect_shared_modules import SharedModule, find_shared_modules
 from qgraph.capture import trace
 from qgraph.ir.stage import Stage
 from qgraph.pipeline import Pipeline
-from tests.passes.models import Forward, before_and_after, check_all
+from tests.passes.models import before_and_after, check_all
+from tests.support.models import Forward
 from tests.support.passes import run_passes
 
 PASS = "detect-shared-modules"

@@ -14,7 +14,8 @@ from qgraph.capture import trace
 from qgraph.ir.node_info import info
 from qgraph.ir.op_table import GUARD, INPUT
 from qgraph.pipeline import CheckLevel, Pipeline
-from tests.passes.models import Forward, before_and_after, capture_and_run, check_all, check_values, computing
+from tests.passes.models import before_and_after, capture_and_run, check_all, check_values, computing
+from tests.support.models import Forward
 from tests.support.passes import count_ops, nodes_of, run_passes
 
 PASS = "eliminate-dead-code"

@@ -14,7 +14,8 @@ from qgraph.capture import trace
 from qgraph.ir.node_info import graph_info, info, tensor_at
 from qgraph.ir.op_table import CONSTANT
 from qgraph.pipeline import CheckLevel, Pipeline
-from tests.passes.models import Forward, before_and_after, capture_and_run, check_all, check_values, computing
+from tests.passes.models import before_and_after, capture_and_run, check_all, check_values, computing
+from tests.support.models import Forward
 from tests.support.passes import assert_idempotent, nodes_of, reasons, refusal_with, run_passes
 
 PASS = "fold-constants"

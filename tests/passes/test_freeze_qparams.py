@@ -17,8 +17,8 @@ from qgraph.ir.stage import Stage
 from qgraph.numerics import QParams, qint8, qint32
 from qgraph.pipeline import CheckLevel, Pipeline
 from qgraph.quantization import FakeQuantState, calibrate, prepare, set_fake_quantize
-from tests.passes.models import Forward, check_values, printed
-from tests.support.models import Attention, Residual, image
+from tests.passes.models import check_values, printed
+from tests.support.models import Attention, Forward, Residual, image
 from tests.support.passes import assert_idempotent
 
 

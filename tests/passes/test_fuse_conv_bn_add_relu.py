@@ -23,16 +23,8 @@ from qgraph.ir.op_table import ADD, BATCH_NORM, FUSABLE, RELU, RELU6
 from qgraph.ir.stage import Stage
 from qgraph.nn import Activation, FloatFunctional, Fused
 from qgraph.pipeline import CheckLevel, Pipeline
-from tests.passes.models import (
-    FOLD_RTOL,
-    FUSE,
-    Forward,
-    before_and_after,
-    check_all,
-    check_values,
-    computing,
-    randomize_norms,
-)
+from tests.passes.models import FOLD_RTOL, FUSE, before_and_after, check_all, check_values, computing, randomize_norms
+from tests.support.models import Forward
 from tests.support.passes import assert_idempotent, nodes_of, reasons, refusal_with, relative_error, run_passes
 
 SPLIT_AND_FUSE = f"split-shared-modules,{FUSE}"

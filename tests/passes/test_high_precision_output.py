@@ -22,8 +22,8 @@ from qgraph.quantization import ModuleNameQconfigSetter, QConfig, calibrate, con
 from qgraph.quantization.qconfig import as_setters
 from qgraph.simulator import Simulator
 from qgraph.targets import LegalFormats, OpRule, Target, get_target
-from tests.passes.models import Forward, check_values, printed
-from tests.support.models import Residual, image
+from tests.passes.models import check_values, printed
+from tests.support.models import Forward, Residual, image
 from tests.support.passes import assert_idempotent, refusal_with
 
 BEFORE = "canonicalize,split-shared-modules,fuse-conv-bn-add-relu,decompose-composites,insert-quant-stubs,assign-dtypes"

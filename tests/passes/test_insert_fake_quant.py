@@ -27,8 +27,8 @@ from qgraph.quantization import (
 )
 from qgraph.quantization.fake_quantize import BiasFakeQuantize, WeightFakeQuantize
 from qgraph.quantization.qconfig import as_setters
-from tests.passes.models import Forward, check_values, printed
-from tests.support.models import Attention, Residual, image
+from tests.passes.models import check_values, printed
+from tests.support.models import Attention, Forward, Residual, image
 from tests.support.passes import nodes_of
 
 BEFORE = (

@@ -13,7 +13,8 @@ from qgraph import DeQuantStub, QuantStub
 from qgraph.ir.node_info import graph_info, info
 from qgraph.ir.op_table import DEQUANT_STUB, QUANT_STUB
 from qgraph.pipeline import PipelineResult
-from tests.passes.models import Forward, before_and_after, check_all, check_values
+from tests.passes.models import before_and_after, check_all, check_values
+from tests.support.models import Forward
 from tests.support.passes import nodes_of, run_passes
 
 STUBS = "canonicalize,fold-constants,fuse-conv-bn-add-relu,decompose-composites,insert-quant-stubs"

@@ -21,8 +21,8 @@ from qgraph.ir.stage import Stage
 from qgraph.pipeline import CheckLevel, Pipeline
 from qgraph.quantization import QConfig, calibrate, prepare
 from qgraph.simulator import Simulator
-from tests.passes.models import Forward, printed
-from tests.support.models import Attention, Residual, image
+from tests.passes.models import printed
+from tests.support.models import Attention, Forward, Residual, image
 
 
 def frozen(model: nn.Module, example: Any, setter: object = None) -> fx.GraphModule:

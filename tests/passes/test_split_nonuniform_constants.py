@@ -14,7 +14,8 @@ from qgraph.ir.op_table import CAT, DIV, MUL, QUANT_STUB
 from qgraph.pipeline import Pipeline
 from qgraph.quantization import calibrate, convert, prepare, prepare_pipeline
 from qgraph.simulator import Simulator
-from tests.passes.models import Forward, before_and_after, check_all, check_values
+from tests.passes.models import before_and_after, check_all, check_values
+from tests.support.models import Forward
 from tests.support.passes import count_ops, nodes_of, refusal_with, run_passes
 
 SPLIT = "canonicalize,split-nonuniform-constants"

@@ -13,8 +13,9 @@ from qgraph.capture import trace
 from qgraph.errors import UserError
 from qgraph.ir.node_info import info, module_of
 from qgraph.pipeline import Pipeline
-from tests.passes.models import Forward, before_and_after, check_all, check_values, computing, randomize_norms
+from tests.passes.models import before_and_after, check_all, check_values, computing, randomize_norms
 from tests.passes.test_detect_shared_modules import EXAMPLE, Shared
+from tests.support.models import Forward
 from tests.support.passes import run_passes
 
 PASS = "split-shared-modules"

@@ -13,8 +13,8 @@ from qgraph.errors import UserError
 from qgraph.ir.node_info import info, module_of
 from qgraph.ir.op_table import CONV2D, IDENTITY
 from qgraph.pipeline import CheckLevel, Pipeline, PipelineResult
-from tests.passes.models import FUSE, Forward, before_and_after, check_all
-from tests.support.models import Residual, image
+from tests.passes.models import FUSE, before_and_after, check_all
+from tests.support.models import Forward, Residual, image
 from tests.support.passes import nodes_of, relative_error, run_passes
 
 PASSES = f"{FUSE},use-channels-last"

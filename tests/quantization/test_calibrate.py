@@ -23,8 +23,7 @@ from qgraph.quantization import (
 )
 from qgraph.quantization.sites import quantizers
 from qgraph.simulator import Simulator
-from tests.passes.models import Forward
-from tests.support.models import Residual, image
+from tests.support.models import Forward, Residual, image
 
 
 def small(setter: object = None) -> fx.GraphModule:

@@ -28,8 +28,7 @@ from qgraph.quantization import (
 )
 from qgraph.quantization.sites import quantizers
 from qgraph.simulator import Simulator
-from tests.passes.models import Forward
-from tests.support.models import Attention, Residual, image
+from tests.support.models import Attention, Forward, Residual, image
 
 
 def calibrated(model: nn.Module | None = None, x: torch.Tensor | None = None, setter: object = None) -> fx.GraphModule:

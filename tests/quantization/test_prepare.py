@@ -19,8 +19,7 @@ from qgraph.ir.text import print_graph
 from qgraph.pipeline import Pipeline
 from qgraph.quantization import FakeQuantState, calibrate, convert, get_qconfig, prepare, prepare_pipeline
 from qgraph.quantization.sites import quantizers
-from tests.passes.models import Forward
-from tests.support.models import Attention, Residual, image
+from tests.support.models import Attention, Forward, Residual, image
 
 MODELS = {"residual": (Residual, image), "attention": (Attention, lambda: torch.randn(2, 5, 8))}
 

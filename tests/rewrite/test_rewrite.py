@@ -15,15 +15,14 @@ from qgraph.ir.node_info import info
 from qgraph.ir.op_table import ADD, CONV2D, MUL, RELU, SIGMOID, TANH
 from qgraph.rewrite import Call, Match, Rule, Verdict, any_value, call, constant, no, optional, rewrite_graph, skip, yes
 from qgraph.rewrite.pattern import matches
-from tests.capture.dangers import Function
-from tests.support.models import Residual, image
+from tests.support.models import Forward, Residual, image
 from tests.support.passes import count_ops, nodes_of
 
 X = torch.randn(2, 4)
 
 
 def captured(function: Callable[..., torch.Tensor], *example: torch.Tensor) -> fx.GraphModule:
-    return trace(Function(lambda m, *xs: function(*xs)).eval(), example or (X,))
+    return trace(Forward(lambda m, *xs: function(*xs)).eval(), example or (X,))
 
 
 def all_matches(pattern: Call, gm: fx.GraphModule) -> list[Match]:
@@ -57,7 +56,7 @@ def test_constants_are_numbers_and_held_tensors() -> None:
     pattern = call(MUL, any_value(), factor)
     assert all_matches(pattern, captured(lambda x: x * 2))[0].value(factor) == 2
     assert len(all_matches(pattern, captured(lambda x, w: x * w, X, X))) == 0
-    model = Function(lambda m, x: x * m.weight, weight=torch.nn.Parameter(torch.ones(4)))
+    model = Forward(lambda m, x: x * m.weight, weight=torch.nn.Parameter(torch.ones(4)))
     assert len(all_matches(pattern, trace(model.eval(), X))) == 1
 
 

@@ -18,8 +18,7 @@ from qgraph.quantization import ModuleNameQconfigSetter, QConfig, calibrate, con
 from qgraph.simulator import OpCost, Simulator
 from qgraph.simulator.cost import macs_of, op_cost
 from qgraph.targets import get_target
-from tests.passes.models import Forward
-from tests.support.models import Residual, image
+from tests.support.models import Forward, Residual, image
 
 
 def integer_of(model: nn.Module, x: torch.Tensor, setter: Any = None) -> fx.GraphModule:

@@ -14,8 +14,7 @@ from qgraph.ir.node_info import info
 from qgraph.quantization import ModuleNameQconfigSetter, calibrate, convert, get_qconfig, prepare
 from qgraph.simulator import KERNEL_SETS, Simulator, register_kernel
 from qgraph.simulator.reference import KERNELS
-from tests.passes.models import Forward
-from tests.support.models import Attention, Residual, image
+from tests.support.models import Attention, Forward, Residual, image
 
 SITES = [
     "x",

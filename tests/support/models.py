@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,6 +29,22 @@ class Residual(nn.Module):
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)) + x)
         return self.fc(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+class Forward(nn.Module):
+    """A forward given as a function of the module and its inputs; children, parameters and buffers by name."""
+
+    def __init__(self, function: Callable[..., Any], **children: Any) -> None:
+        super().__init__()
+        for name, child in children.items():
+            if isinstance(child, torch.Tensor) and not isinstance(child, nn.Parameter):
+                self.register_buffer(name, child)
+            else:
+                setattr(self, name, child)
+        self._function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._function(self, *inputs)
 
 
 class Attention(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.capture.dangers import basics, language, numerics, values, writes
 from tests.capture.dangers.basics import BufferUpdate, PlainAttributeAccumulates
-from tests.capture.dangers.common import EXACT, FREE, REFUSED, Danger, Function
+from tests.capture.dangers.common import EXACT, FREE, REFUSED, Danger
 
 DANGERS = [*basics.DANGERS, *language.DANGERS, *writes.DANGERS, *values.DANGERS, *numerics.DANGERS]
 
@@ -15,6 +15,5 @@ __all__ = [
     "REFUSED",
     "BufferUpdate",
     "Danger",
-    "Function",
     "PlainAttributeAccumulates",
 ]

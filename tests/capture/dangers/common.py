@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tests.support.models import Forward
+
 EXACT = "exact"
 FREE = "free"
 REFUSED = "refused"
@@ -31,22 +33,6 @@ class Danger(NamedTuple):
     example: Callable[..., tuple[Any, ...]]
     expect: str = FREE
     others: Callable[[], list[tuple[Any, ...]]] = list
-
-
-class Function(nn.Module):
-    """A forward given as a function of the module and its inputs."""
-
-    def __init__(self, function: Callable[..., Any], **children: Any) -> None:
-        super().__init__()
-        for name, child in children.items():
-            if isinstance(child, torch.Tensor) and not isinstance(child, nn.Parameter):
-                self.register_buffer(name, child)
-            else:
-                setattr(self, name, child)
-        self._function = function
-
-    def forward(self, *inputs: Any) -> Any:
-        return self._function(self, *inputs)
 
 
 def one(size: int = 2) -> tuple[torch.Tensor]:
@@ -77,4 +63,4 @@ def nothing_found(size: int = 2) -> tuple[torch.Tensor]:
 
 
 def of(function: Callable[..., Any], **parts: Any) -> Callable[[], nn.Module]:
-    return lambda: Function(function, **{name: copy.deepcopy(part) for name, part in parts.items()})
+    return lambda: Forward(function, **{name: copy.deepcopy(part) for name, part in parts.items()})

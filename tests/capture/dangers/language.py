@@ -13,15 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.capture.dangers.common import (
-    EXACT,
-    Danger,
-    Function,
-    image,
-    indices,
-    of,
-    one,
-)
+from tests.capture.dangers.common import EXACT, Danger, image, indices, of, one
+from tests.support.models import Forward
 
 
 def powers(m, x):
@@ -77,7 +70,7 @@ def closure() -> nn.Module:
     def inner(value):
         return sum(value * step for step in steps) + table
 
-    return Function(lambda m, x: inner(x * factor) + _TABLE)
+    return Forward(lambda m, x: inner(x * factor) + _TABLE)
 
 
 def generators(m, x):

@@ -8,17 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.capture.dangers.common import (
-    EXACT,
-    REFUSED,
-    Danger,
-    Function,
-    image,
-    indices,
-    of,
-    one,
-    padded,
-)
+from tests.capture.dangers.common import EXACT, REFUSED, Danger, image, indices, of, one, padded
+from tests.support.models import Forward
 
 
 def rotary(m, x):
@@ -322,7 +313,7 @@ DANGERS = [
     Danger("statistics", of(statistics), one),
     Danger("infinite_masks", of(infinite_masks), one),
     Danger("cond", of(cond), one, REFUSED),
-    Danger("sparse_product", lambda: Function(sparse_product, adjacency=torch.eye(2).to_sparse()), one, EXACT),
+    Danger("sparse_product", lambda: Forward(sparse_product, adjacency=torch.eye(2).to_sparse()), one, EXACT),
     Danger("made_sparse", of(made_sparse), one),
     Danger("nested_tensor", of(nested_tensor), one, REFUSED),
     Danger("bucketed", of(bucketed), one),
