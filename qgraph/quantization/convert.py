@@ -85,7 +85,7 @@ def freeze(model: fx.GraphModule) -> fx.GraphModule:
     with paused_collection():
         twin = _settled_copy(gm)
         ctx = PassContext(example=graph_info(gm).example, target=target_of(gm))
-        return Pipeline.parse("freeze-qparams").run(twin, ctx, checks=CheckLevel.OFF, in_place=True).gm
+        return Pipeline.parse("freeze-qparams").run(twin, ctx, checks=CheckLevel.NONE, in_place=True).gm
 
 
 def _settled_copy(gm: fx.GraphModule) -> fx.GraphModule:
