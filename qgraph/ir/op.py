@@ -110,6 +110,8 @@ class Op:
         parameters: operands held by the module as parameters or buffers.
         quant: where the result gets its scale from; a function of the arguments where it depends on options.
         lowering: name of the lowering that takes it to integers; None for none.
+        positions: operands that say where another operand is read; what computes them needs 16 bits.
+        refusal: why the operator has no integer form, where that is more than a gap.
         decomposition: name of the decomposition into simpler operators; None for none.
         scalar_function: for tables: the float64 function of the value and the options.
         commutative: whether the first two operands may be swapped.
@@ -129,6 +131,8 @@ class Op:
     parameters: tuple[str, ...] = ()
     quant: QuantRule | Callable[[Mapping[str, Any]], QuantRule] = QuantRule.FLOAT
     lowering: str | None = None
+    positions: tuple[str, ...] = ()
+    refusal: str | None = None
     decomposition: str | None = None
     scalar_function: Callable[..., torch.Tensor] | None = None
     commutative: bool = False

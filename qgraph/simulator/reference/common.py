@@ -8,9 +8,9 @@ from qgraph.numerics import Arithmetic, Factor, parse_arithmetic, parse_qtype
 from qgraph.simulator.trace import KernelTrace
 
 
-def wide(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as int64."""
-    return codes.to(torch.int64)
+def wide(codes: torch.Tensor, zero: int = 0) -> torch.Tensor:
+    """Codes as int64, counted from their zero point."""
+    return codes.to(torch.int64) - zero if zero else codes.to(torch.int64)
 
 
 def accumulated(sums: torch.Tensor, arithmetic: Arithmetic, trace: KernelTrace | None) -> torch.Tensor:
@@ -46,6 +46,23 @@ def requantized(
     word = parse_arithmetic(arithmetic)
     held = accumulated(sums, word, trace)
     return finished(word.rule.apply(held, Factor(multiplier, shift)), low, high, format, trace)
+
+
+def rescaled(
+    sums: torch.Tensor,
+    multiplier: torch.Tensor,
+    shift: torch.Tensor | None,
+    arithmetic: str,
+    low: int,
+    high: int,
+    format: str,
+    zero: int,
+    trace: KernelTrace | None,
+) -> torch.Tensor:
+    """As `requantized`, with a zero point."""
+    word = parse_arithmetic(arithmetic)
+    held = accumulated(sums, word, trace)
+    return finished(word.rule.apply(held, Factor(multiplier, shift)) + zero, low, high, format, trace)
 
 
 def along_channels(values: torch.Tensor | None, spatial: int) -> torch.Tensor | None:
