@@ -4,6 +4,7 @@
     nn.ReLU()(x), F.relu(x), x.clamp(min=0)   -> relu(x)
     F.conv2d(x, weight, bias)                 -> a Conv2d module, if the weights are the model's own
     nn.Conv2d(padding_mode="reflect")         -> pad, then a plain convolution
+    x.max(dim), x.topk(k), x.sort()           -> indices, and a gather of the values
     Identity, eval-mode dropout, clone, contiguous, detach, casts to the same dtype -> gone
 Copies into another memory layout stay: what follows would add in another order. `use-channels-last` removes them.
 
@@ -28,6 +29,7 @@ from qgraph.ir.node_info import graph_info, info
 from qgraph.ir.op import Op, OpKind
 from qgraph.ir.shapes import tensor_spec
 from qgraph.pipeline import Pass, PassContext, PassResult
+from qgraph.rewrite.values_and_indices import embedding_as_rows, split_extreme, split_topk
 from qgraph.rewrite.weighted_modules import WEIGHTED, as_plain_module
 
 _LEFT_ALONE = (OpKind.INPUT, OpKind.OUTPUT, OpKind.CONSTANT, OpKind.STRUCTURE, OpKind.STUB, OpKind.OPAQUE)
@@ -157,5 +159,10 @@ _SPECIAL: dict[Op, Callable[[fx.Node, Editor], bool]] = {
     ops.DIV: _divide,
     ops.ADD: _number_first,
     ops.MUL: _number_first,
+    ops.MAX: split_extreme,
+    ops.MIN: split_extreme,
+    ops.TOPK: split_topk,
+    ops.SORT: split_topk,
+    ops.EMBEDDING: embedding_as_rows,
     **dict.fromkeys(WEIGHTED, as_plain_module),
 }

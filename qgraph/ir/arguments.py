@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from qgraph.errors import InternalError, VerifyError
 from qgraph.ir.node_info import info, module_of, submodule_at, where
-from qgraph.ir.op import Op, QuantRule, Spelling
+from qgraph.ir.op import Fixed, Op, QuantRule, Spelling
 from qgraph.ir.op_table import CONSTANT, FIELD, INPUT, ITEM, OPAQUE, OPS, OUTPUT, SLICE
 
 # torch takes numpy's names for its own in every function that has them.
@@ -193,7 +193,7 @@ def _bind_module(node: fx.Node, op: Op) -> Bound:
     for name in op.options:
         attribute = renamed.get(name, name)
         default = op.default(name)
-        value = getattr(module, attribute, default)
+        value = attribute.value if isinstance(attribute, Fixed) else getattr(module, attribute, default)
         if value is not inspect.Parameter.empty:
             values[name] = value
     for name in inputs:

@@ -95,6 +95,13 @@ class Spelling:
     unless: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """An option that every module of a class has, such as the mode of a reflecting pad."""
+
+    value: object
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One canonical operator. Compared and hashed by identity; named once in the process.
@@ -108,7 +115,8 @@ class Op:
         functions: further functions that mean this operator, with their spelling where it differs.
         methods: tensor methods that mean it.
         in_place: methods or functions that mean it and write to their first operand.
-        modules: module classes that mean it, each with the attributes that hold options under another name.
+        modules: module classes that mean it, each with the attributes that hold options under another name, or
+            their fixed values.
         parameters: operands held by the module as parameters or buffers.
         plain: operands that are no codes: masks of truth values and indices, which pass as they are.
         quant: where the result gets its scale from; a function of the arguments where it depends on options.
@@ -130,7 +138,7 @@ class Op:
     functions: Mapping[Function, Spelling] = field(default_factory=dict)
     methods: Mapping[str, Spelling] = field(default_factory=dict)
     in_place: Mapping[Function | str, Spelling] = field(default_factory=dict)
-    modules: Mapping[type[nn.Module], Mapping[str, str]] = field(default_factory=dict)
+    modules: Mapping[type[nn.Module], Mapping[str, str | Fixed]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
     quant: QuantRule | Callable[[Mapping[str, Any]], QuantRule] = QuantRule.FLOAT

@@ -1,0 +1,151 @@
+"""Lowering of what orders elements, adds them up along a dimension, or lays windows out as columns.
+
+argmax, argsort, topk   indices of codes: int64, ties in order; the scale does not matter
+cumsum                  qy = saturate(rescale(qx[0] + ... + qx[i]; sx / sy))
+unfold                  codes moved, padded with real zero
+fold                    qy = saturate(rescale(sum of overlapping qx; sx / sy))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qgraph.ir.arguments import bind
+from qgraph.ir.node_info import info
+from qgraph.ir.op_table import ARGMAX
+from qgraph.lowering.base import (
+    Lowering,
+    LoweringContext,
+    batch_is_free,
+    bounds,
+    register_lowering,
+    shape_of,
+    spatial,
+)
+from qgraph.rewrite import Verdict, no, yes
+from qgraph.targets import Target
+
+
+def zeros(like: fx.Node, ctx: LoweringContext, x: fx.Node, *, result: bool = True) -> dict[str, int]:
+    """Options for the zero points of operand and result, as far as they are not 0."""
+    found = {"x_zero": int(ctx.qparams(x).zero_points().item())}
+    if result:
+        found["zero"] = int(ctx.qparams(like).zero_points().item())
+    return {name: zero for name, zero in found.items() if zero}
+
+
+class ArgExtremeLowering(Lowering):
+    """argmax and argmin."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        dim = bind(node).option("dim")
+        if isinstance(dim, fx.Node):
+            return no("its dimension is computed in the forward", node)
+        if dim is None and batch_is_free(node):
+            return no("it searches the whole batch, whose size is free", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound, largest = bind(node), info(node).op is ARGMAX
+        options = {"dim": bound.option("dim"), "keepdim": bool(bound.option("keepdim"))}
+        return ctx.integer("arg_extreme", bound.operand("input"), like=node, **options, largest=largest)
+
+
+class ArgsortLowering(Lowering):
+    """argsort, and the indices of sort: always stable."""
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound = bind(node)
+        options = {"dim": bound.option("dim"), "descending": bool(bound.option("descending"))}
+        return ctx.integer("order", bound.operand("input"), like=node, **options, count=None)
+
+
+class TopIndicesLowering(Lowering):
+    """The indices of topk, in order of their values whether asked for or not."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        if isinstance(bind(node).option("k"), fx.Node):
+            return no("the number of elements is computed in the forward", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        bound = bind(node)
+        options = {"dim": bound.option("dim"), "descending": bool(bound.option("largest"))}
+        return ctx.integer("order", bound.operand("input"), like=node, **options, count=int(bound.option("k")))
+
+
+class CumsumLowering(Lowering):
+    """Prefix sums."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound = bind(node)
+        if bound.option("dtype") not in (None, torch.float32):
+            return no(f"it computes in {bound.option('dtype')}", node)
+        if isinstance(bound.option("dim"), fx.Node):
+            return no("its dimension is computed in the forward", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x = bind(node).operand("input")
+        return _summed("cumsum", node, x, ctx, dim=int(bind(node).option("dim")))
+
+
+class UnfoldLowering(Lowering):
+    """Windows as columns."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        return _fixed_geometry(node)
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x = bind(node).operand("input")
+        options = {**_geometry(node), **zeros(node, ctx, x, result=False)}
+        return ctx.integer("unfold", x, like=node, result=ctx.qparams(x), **options)
+
+
+class FoldLowering(Lowering):
+    """Columns added up where their windows overlap."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        return _fixed_geometry(node)
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x = bind(node).operand("input")
+        return _summed("fold", node, x, ctx, output_size=list(shape_of(node)[-2:]), **_geometry(node))
+
+
+def _summed(name: str, node: fx.Node, x: fx.Node, ctx: LoweringContext, **options: Any) -> fx.Node:
+    result = ctx.qparams(node)
+    real = ctx.qparams(x).scale.double() / result.scale.double()
+    multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
+    options |= {"arithmetic": str(arithmetic), **bounds(result), **zeros(node, ctx, x)}
+    return ctx.integer(name, x, multiplier, shift, like=node, **options)
+
+
+_GEOMETRY = ("kernel_size", "dilation", "padding", "stride")
+
+
+def _geometry(node: fx.Node) -> dict[str, list[int]]:
+    return {name: spatial(bind(node).option(name), 2) for name in _GEOMETRY}
+
+
+def _fixed_geometry(node: fx.Node) -> Verdict:
+    bound = bind(node)
+    for name in (*_GEOMETRY, "output_size"):
+        value = bound.values.get(name)
+        if any(isinstance(v, fx.Node) for v in (value if isinstance(value, (tuple, list)) else (value,))):
+            return no(f"its {name} is computed in the forward", node)
+    return yes()
+
+
+for _name, _lowering in {
+    "arg_extreme": ArgExtremeLowering(),
+    "argsort": ArgsortLowering(),
+    "top_indices": TopIndicesLowering(),
+    "cumsum": CumsumLowering(),
+    "unfold": UnfoldLowering(),
+    "fold": FoldLowering(),
+}.items():
+    register_lowering(_name, _lowering)

@@ -1,0 +1,92 @@
+"""Cases of `test_operators` for operators that order, index, sample and unfold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.support.models import Forward
+
+
+class Case(NamedTuple):
+    name: str
+    op: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...] = (4, 6, 6)
+
+
+def of(function: Callable[..., Any], **children: Any) -> Callable[[], nn.Module]:
+    return lambda: Forward(function, **children)
+
+
+def module(child: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: Forward(lambda m, x: m.child(x), child=child)
+
+
+def resized(**options: Any) -> Callable[[], nn.Module]:
+    return of(lambda m, x: F.interpolate(x, **options))
+
+
+def sampled(**options: Any) -> Callable[[], nn.Module]:
+    """Samples a map at positions computed from the same map, some of them outside."""
+    return of(lambda m, x: F.grid_sample(x, torch.tanh(x[:, :2]).permute(0, 2, 3, 1) * 1.3, **options))
+
+
+torch.manual_seed(3)
+
+CASES = [
+    Case("argmax", "argmax", of(lambda m, x: (x.argmax(1), x))),
+    Case("argmax_keepdim", "argmax", of(lambda m, x: (torch.argmax(x, dim=-1, keepdim=True), x))),
+    Case("argmin", "argmin", of(lambda m, x: (x.argmin(dim=2), x))),
+    Case("argmax_gather", "gather", of(lambda m, x: x.gather(1, x.argmax(1, keepdim=True)))),
+    Case("max_dim", "take_along_dim", of(lambda m, x: x.max(dim=1))),
+    Case("max_values", "amax", of(lambda m, x: x.max(dim=1)[0])),
+    Case("max_keepdim", "take_along_dim", of(lambda m, x: tuple(torch.max(x, 2, keepdim=True)))),
+    Case("min_indices", "argmin", of(lambda m, x: (x.min(-1).indices, x))),
+    Case("min_all", "amin", of(lambda m, x: x - x.amin(dim=(1, 2, 3), keepdim=True))),
+    Case("amin", "amin", of(lambda m, x: x.amin(dim=(1, 2)))),
+    Case("topk", "top_indices", of(lambda m, x: tuple(x.topk(3, dim=1)))),
+    Case("topk_smallest", "take_along_dim", of(lambda m, x: torch.topk(x, 2, largest=False).values)),
+    Case("sort", "argsort", of(lambda m, x: x.sort(dim=2, descending=True)[0])),
+    Case("argsort", "argsort", of(lambda m, x: x.gather(-1, torch.argsort(x, dim=-1, stable=True)))),
+    Case("cumsum", "cumsum", of(lambda m, x: x.cumsum(1))),
+    Case("cumsum_last", "cumsum", of(lambda m, x: torch.cumsum(x, dim=-1))),
+    Case("gather", "gather", of(lambda m, x: torch.gather(x, 1, m.i.expand(x.shape[0], -1, -1, -1)), i=torch.randint(4, (1, 2, 6, 6)))),
+    Case("take_along_dim", "take_along_dim", of(lambda m, x: torch.take_along_dim(x, m.i, dim=3), i=torch.randint(6, (1, 1, 6, 2)))),
+    Case("index_constant", "slice", of(lambda m, x: x[:, m.i], i=torch.tensor([3, 0, 0]))),
+    Case("index_computed", "slice", of(lambda m, x: x[torch.arange(x.shape[0]), x.amax((2, 3)).argmax(1)])),
+    Case("embedding", "embedding", of(lambda m, x: m.table(x.argmax(1)), table=nn.Embedding(4, 5))),
+    Case("embedding_function", "embedding", of(lambda m, x: F.embedding(x.argmax(1), m.w), w=nn.Parameter(torch.randn(4, 5)))),
+    Case("row_of_table", "slice", of(lambda m, x: m.w[x.argmax(1)], w=torch.randn(4, 5))),
+    Case("pixel_shuffle", "pixel_shuffle", module(nn.PixelShuffle(2))),
+    Case("pixel_unshuffle", "pixel_unshuffle", module(nn.PixelUnshuffle(2))),
+    Case("channel_shuffle", "channel_shuffle", module(nn.ChannelShuffle(2))),
+    Case("unfold", "unfold", of(lambda m, x: F.unfold(x, (3, 2), dilation=(1, 2), padding=(1, 0), stride=(2, 1)))),
+    Case("unfold_module", "unfold", module(nn.Unfold(2, stride=2))),
+    Case("fold", "fold", of(lambda m, x: F.fold(F.unfold(x, 3, padding=1), (6, 6), 3, padding=1))),
+    Case("fold_module", "fold", module(nn.Fold((5, 4), (2, 2), dilation=(2, 1), stride=1)), (8, 9)),
+    Case("windows", "windows", of(lambda m, x: x.unfold(2, 3, 2))),
+    Case("reflection_pad", "pad", module(nn.ReflectionPad2d((1, 2, 0, 1)))),
+    Case("replication_pad", "pad", module(nn.ReplicationPad1d(2)), (4, 6)),
+    Case("circular_pad", "pad", module(nn.CircularPad2d(2))),
+    Case("nearest_exact", "index_select", resized(size=(5, 9), mode="nearest-exact")),
+    Case("linear_resize", "interpolate", resized(scale_factor=2.5, mode="linear"), (4, 6)),
+    Case("trilinear", "interpolate", resized(size=(3, 5, 7), mode="trilinear"), (2, 4, 4, 4)),
+    Case("trilinear_corners", "interpolate", resized(scale_factor=2, mode="trilinear", align_corners=True), (2, 3, 3, 3)),
+    Case("bicubic", "interpolate", resized(scale_factor=2, mode="bicubic")),
+    Case("bicubic_corners", "interpolate", resized(size=(11, 4), mode="bicubic", align_corners=True)),
+    Case("bicubic_antialiased", "interpolate", resized(size=(3, 9), mode="bicubic", antialias=True)),
+    Case("bilinear_antialiased", "interpolate", resized(scale_factor=0.4, mode="bilinear", antialias=True), (4, 11, 10)),
+    Case("area", "interpolate", resized(size=(4, 3), mode="area")),
+    Case("grid_sample", "grid_sample", sampled(align_corners=False)),
+    Case("grid_sample_corners", "grid_sample", sampled(align_corners=True)),
+    Case("grid_sample_border", "grid_sample", sampled(padding_mode="border", align_corners=False)),
+    Case("grid_sample_reflection", "grid_sample", sampled(padding_mode="reflection", align_corners=False)),
+    Case("grid_sample_reflection_corners", "grid_sample", sampled(padding_mode="reflection", align_corners=True)),
+    Case("grid_sample_nearest", "grid_sample", sampled(mode="nearest", align_corners=False)),
+    Case("grid_sample_constant_grid", "grid_sample", of(lambda m, x: F.grid_sample(x, m.g.expand(x.shape[0], -1, -1, -1), align_corners=False), g=torch.rand(1, 3, 5, 2) * 2.4 - 1.2)),
+]  # fmt: skip
