@@ -23,22 +23,8 @@ from qgraph.ir.values import TensorSpec, format_spec
 from qgraph.numerics import QType, qint8, qint16
 from qgraph.quantization import QConfig, calibrate, convert, prepare
 from qgraph.simulator import Simulator
-from tests.support.models import Forward
-
-
-class Case(NamedTuple):
-    name: str
-    op: str
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...] = (4, 6, 6)
-
-
-def of(function: Callable[..., Any], **children: Any) -> Callable[[], nn.Module]:
-    return lambda: Forward(function, **children)
-
-
-def module(child: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: Forward(lambda m, x: m.child(x), child=child)
+from tests.lowering.indexing_cases import CASES as INDEXING_CASES
+from tests.lowering.indexing_cases import Case, module, of
 
 
 # torch warns once that padding="same" with an even kernel copies its input.
@@ -150,6 +136,8 @@ CASES = [
     Case("corners", "interpolate", of(lambda m, x: F.interpolate(x, (11, 4), mode="bilinear", align_corners=True))),
     Case("upsample", "interpolate", module(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))),
 ]  # fmt: skip
+
+CASES += INDEXING_CASES
 
 # Where a declared rounding step, not float arithmetic, separates the two: the largest difference in steps.
 TABLES = ("exp", "reciprocal", "rsqrt", "sigmoid", "tanh", "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu")

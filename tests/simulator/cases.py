@@ -518,6 +518,11 @@ CASES: dict[str, Callable[[Draw], Case]] = {
 }
 
 
+from tests.simulator.sampling_cases import SAMPLING_CASES  # noqa: E402 - draws with the classes above
+
+CASES |= SAMPLING_CASES
+
+
 # --- what the oracle says ------------------------------------------------------------------------------------------
 
 
