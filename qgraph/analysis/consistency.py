@@ -80,7 +80,7 @@ def compare_sites(
     _check_graphs(prepared, args)
     named = dict(kwargs or {})
     recorded = Simulator(integer).run(*args, record=True, **named).values
-    scales = {info(node).site: info(node).qparams for node in integer.graph.nodes}
+    scales = {info(node).site: info(node).qparams for node in integer.graph.nodes if node.op != "output"}
     found: list[SiteConsistency] = []
 
     def call(node: fx.Node, values: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -138,7 +138,8 @@ def _compare(
     node: fx.Node, exact: torch.Tensor, simulated: torch.Tensor, codes: torch.Tensor, qparams: QParams
 ) -> SiteConsistency:
     scale = qparams.shaped(qparams.scale, simulated.dim()).double()
-    gap = (torch.round(simulated.double() / scale) - codes.double()).abs()
+    zero = qparams.shaped(qparams.zero_points(), simulated.dim()).double()
+    gap = (torch.round(simulated.double() / scale) + zero - codes.double()).abs()
     steps = exact.double() / scale
     to_boundary = (steps - torch.floor(steps) - 0.5).abs()
     near_tie = (gap == 1) & (to_boundary <= 2.0 ** (qparams.qtype.bits - 20))

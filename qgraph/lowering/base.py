@@ -63,6 +63,12 @@ class LoweringContext:
             raise InternalError("an integer operator reads a value without scale", where=where(node))
         return found
 
+    def zeros(self, like: fx.Node, **operands: Any) -> dict[str, Any]:
+        """Options for the zero points of named operands and of `like`'s result, as far as they are not 0."""
+        found = {f"{name}_zero": self.qparams(node).zero for name, node in operands.items() if node is not None}
+        found["zero"] = self.qparams(like).zero
+        return {name: zero for name, zero in found.items() if zero}
+
     def integer(self, name: str, *args: Any, like: fx.Node, result: QParams | None = None, **options: Any) -> fx.Node:
         """A call of an integer operator that computes `like`'s value (`result`: its parameters, if not `like`'s)."""
         node = self.edit.call_function(integer_operator(name), args, options, op=info(like).op, like=like)
@@ -86,9 +92,22 @@ class LoweringContext:
         shift = None if factor.shift is None else self.tensor(like, "shift", factor.shift)
         return multiplier, shift
 
+    def step(self, node: fx.Node, name: str) -> Arithmetic:
+        """The target's arithmetic of a named step of `node`'s operator."""
+        return self.target.step(name, info(node).op.name)
+
+    def ratio(self, *operands: QParams | torch.Tensor, result: QParams) -> torch.Tensor:
+        """`s1 * s2 * ... / s`, in the target's precision of factors, as float64."""
+        dtype = self.target.factor_dtype
+        scales = [(o.scale if isinstance(o, QParams) else o).to(dtype) for o in operands]
+        total = scales[0]
+        for scale in scales[1:]:
+            total = total * scale
+        return (total / result.scale.to(dtype)).double()
+
     def rescale(self, like: fx.Node, real: torch.Tensor, step: str) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
         """Nodes for one real factor (float64) under the target's arithmetic of `step`."""
-        arithmetic = self.target.step(step)
+        arithmetic = self.step(like, step)
         multiplier, shift = self.factor(like, encode_saturating(arithmetic.rule, real, self.qparams(like).qtype))
         return multiplier, shift, arithmetic
 
@@ -110,7 +129,7 @@ def bounds(result: QParams, low: float | None = None, high: float | None = None)
     limits = {"low": qtype.qmin, "high": qtype.qmax}
     for name, value in (("low", low), ("high", high)):
         if value is not None and abs(value) != float("inf"):
-            code = torch.round(torch.tensor(value, dtype=torch.float32) * (1.0 / result.scale)).item()
+            code = torch.round(torch.tensor(value, dtype=torch.float32) * (1.0 / result.scale)).item() + result.zero
             limits[name] = int(min(max(code, qtype.qmin), qtype.qmax))
     return {**limits, "format": str(qtype)}
 

@@ -55,15 +55,22 @@ class SumLowering(Lowering):
             one = torch.tensor(signs[1 - number], dtype=torch.float64)
             shift = torch.tensor(signs[number] * operands[number], dtype=torch.float64)
             return lower_affine(node, operands[1 - number], one, shift, ctx)
-        result, arithmetic = ctx.qparams(node), ctx.target.step("sum")
-        reals = [ctx.qparams(operand).scale.double() * s for operand, s in zip(operands, signs, strict=True)]
-        factor = arithmetic.rule.encode_sum(torch.stack(reals) / result.scale.double())
+        result, arithmetic = ctx.qparams(node), ctx.step(node, "sum")
+        reals = [ctx.ratio(ctx.qparams(operand), result=result) * s for operand, s in zip(operands, signs, strict=True)]
+        factor = arithmetic.rule.encode_sum(torch.stack(reals))
         multipliers = [
             ctx.tensor(node, f"multiplier_{name}", factor.multiplier[i]) for i, name in enumerate(("x", "y"))
         ]
         shift_node = None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)
         return ctx.integer(
-            "add", *operands, *multipliers, shift_node, like=node, arithmetic=str(arithmetic), **bounds(result)
+            "add",
+            *operands,
+            *multipliers,
+            shift_node,
+            like=node,
+            arithmetic=str(arithmetic),
+            **bounds(result),
+            **ctx.zeros(node, x=operands[0], y=operands[1]),
         )
 
 
@@ -87,9 +94,10 @@ class ProductOfValuesLowering(Lowering):
             factor = 1.0 / factor if info(node).op is DIV else factor
             return lower_affine(node, x, factor, None, ctx)
         result = ctx.qparams(node)
-        real = ctx.qparams(x).scale.double() * ctx.qparams(y).scale.double() / result.scale.double()
+        real = ctx.ratio(ctx.qparams(x), ctx.qparams(y), result=result)
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-        return ctx.integer("mul", x, y, multiplier, shift, like=node, arithmetic=str(arithmetic), **bounds(result))
+        options = {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x, y=y)}
+        return ctx.integer("mul", x, y, multiplier, shift, like=node, **options)
 
 
 class AffineLowering(Lowering):
@@ -125,8 +133,8 @@ class ReluLowering(Lowering):
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         x = bind(node).operand("input")
-        qtype = ctx.qparams(x).qtype
-        return ctx.integer("clamp", x, like=node, result=ctx.qparams(x), low=0, high=qtype.qmax, format=str(qtype))
+        source = ctx.qparams(x)
+        return ctx.integer("clamp", x, like=node, result=source, **bounds(source, low=0.0))
 
 
 class ClampLowering(Lowering):
@@ -163,11 +171,11 @@ def lower_affine(
     result = ctx.qparams(node)
     scale = result.scale.double()
     real = weight * ctx.qparams(x).scale.double() / scale
-    limits = bounds(result, low, high)
+    limits = {**bounds(result, low, high), **ctx.zeros(node, x=x)}
     if bias is None:
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
         return ctx.integer("requantize", x, multiplier, shift, None, like=node, arithmetic=str(arithmetic), **limits)
-    arithmetic = ctx.target.step("sum")
+    arithmetic = ctx.step(node, "sum")
     factor = arithmetic.rule.encode_sum(real.unsqueeze(0))
     multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])
     offset = bias / scale
@@ -196,13 +204,13 @@ def requantized_to(x: fx.Node, result: QParams, like: fx.Node, ctx: LoweringCont
     source = ctx.qparams(x)
     if source.same_as(result):
         return x
-    arithmetic = ctx.target.step("product")
-    factor = encode_saturating(arithmetic.rule, source.scale.double() / result.scale.double(), result.qtype)
+    arithmetic = ctx.step(like, "rescale")
+    factor = encode_saturating(arithmetic.rule, ctx.ratio(source, result=result), result.qtype)
     multiplier = ctx.tensor(like, f"{role}_multiplier", factor.multiplier)
     shift = None if factor.shift is None else ctx.tensor(like, f"{role}_shift", factor.shift)
-    node = ctx.integer(
-        "requantize", x, multiplier, shift, None, like=like, result=result, arithmetic=str(arithmetic), **bounds(result)
-    )
+    zeros = {name: zero for name, zero in (("x_zero", source.zero), ("zero", result.zero)) if zero}
+    options = {"arithmetic": str(arithmetic), **bounds(result), **zeros}
+    node = ctx.integer("requantize", x, multiplier, shift, None, like=like, result=result, **options)
     ctx.edit.annotate(node, site=f"{info(like).site}.{role}", value=coded(info(x).value, result))
     return node
 

@@ -25,16 +25,14 @@ from qgraph.lowering.base import (
     shape_of,
     spatial,
 )
+from qgraph.numerics import QParams
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
 
-def zeros(like: fx.Node, ctx: LoweringContext, x: fx.Node, *, result: bool = True) -> dict[str, int]:
-    """Options for the zero points of operand and result, as far as they are not 0."""
-    found = {"x_zero": int(ctx.qparams(x).zero_points().item())}
-    if result:
-        found["zero"] = int(ctx.qparams(like).zero_points().item())
-    return {name: zero for name, zero in found.items() if zero}
+def outside(x: QParams) -> dict[str, int]:
+    """The option that says which code stands for real zero, if it is not 0."""
+    return {"outside": x.zero} if x.zero else {}
 
 
 class ArgExtremeLowering(Lowering):
@@ -101,7 +99,7 @@ class UnfoldLowering(Lowering):
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         x = bind(node).operand("input")
-        options = {**_geometry(node), **zeros(node, ctx, x, result=False)}
+        options = {**_geometry(node), **outside(ctx.qparams(x))}
         return ctx.integer("unfold", x, like=node, result=ctx.qparams(x), **options)
 
 
@@ -118,9 +116,9 @@ class FoldLowering(Lowering):
 
 def _summed(name: str, node: fx.Node, x: fx.Node, ctx: LoweringContext, **options: Any) -> fx.Node:
     result = ctx.qparams(node)
-    real = ctx.qparams(x).scale.double() / result.scale.double()
+    real = ctx.ratio(ctx.qparams(x), result=result)
     multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-    options |= {"arithmetic": str(arithmetic), **bounds(result), **zeros(node, ctx, x)}
+    options |= {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
     return ctx.integer(name, x, multiplier, shift, like=node, **options)
 
 

@@ -57,8 +57,9 @@ class ProductLowering(Lowering):
             codes = bias_codes(module.bias.detach(), product).to(torch.int32)
             operands[2] = ctx.tensor(node, "bias", codes)
         options = {} if info(node).op is LINEAR else _geometry(node, module)
+        zeros = ctx.zeros(node, x=x, residual=residual)
         name = "linear" if info(node).op is LINEAR else "conv"
-        return ctx.integer(name, *operands, *arguments[0], like=node, **options, **arguments[1])
+        return ctx.integer(name, *operands, *arguments[0], like=node, **options, **arguments[1], **zeros)
 
     def _arguments(
         self, node: fx.Node, ctx: LoweringContext, residual: Any, product: torch.Tensor, activation: Activation
@@ -66,15 +67,15 @@ class ProductLowering(Lowering):
         """Multiplier, shift and residual multiplier; arithmetic and bounds."""
         result = ctx.qparams(node)
         limits = bounds(result, *_LIMITS[activation]) if result.qtype != qint32 else _raw_bounds(activation)
-        arithmetic = ctx.target.step("product")
+        arithmetic = ctx.step(node, "product")
         if result.qtype == qint32:
             return [None, None, None], {"arithmetic": str(arithmetic), **limits}
-        scale = result.scale.double()
+        real = ctx.ratio(product, result=result)
         if residual is None:
-            multiplier, shift, _ = ctx.rescale(node, product.double() / scale, "product")
+            multiplier, shift, _ = ctx.rescale(node, real, "product")
             return [multiplier, shift, None], {"arithmetic": str(arithmetic), **limits}
-        total = ctx.target.step("sum")
-        terms = torch.broadcast_tensors(product.double() / scale, ctx.qparams(residual).scale.double() / scale)
+        total = ctx.step(node, "sum")
+        terms = torch.broadcast_tensors(real, ctx.ratio(ctx.qparams(residual), result=result))
         factor = total.rule.encode_sum(torch.stack(list(terms)))
         multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])
         shift = None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)
@@ -90,13 +91,14 @@ class MatmulLowering(Lowering):
         bound = bind(node)
         x, y = bound.operand("input"), bound.operand("other")
         result = ctx.qparams(node)
-        arithmetic = str(ctx.target.step("product"))
+        arithmetic, zeros = str(ctx.step(node, "product")), ctx.zeros(node, x=x, y=y)
         if result.qtype == qint32:
             limits = _raw_bounds(Activation.NONE)
-            return ctx.integer("matmul", x, y, None, None, like=node, arithmetic=arithmetic, **limits)
-        real = ctx.qparams(x).scale.double() * ctx.qparams(y).scale.double() / result.scale.double()
+            return ctx.integer("matmul", x, y, None, None, like=node, arithmetic=arithmetic, **limits, **zeros)
+        real = ctx.ratio(ctx.qparams(x), ctx.qparams(y), result=result)
         multiplier, shift, _ = ctx.rescale(node, real, "product")
-        return ctx.integer("matmul", x, y, multiplier, shift, like=node, arithmetic=arithmetic, **bounds(result))
+        options = {"arithmetic": arithmetic, **bounds(result), **zeros}
+        return ctx.integer("matmul", x, y, multiplier, shift, like=node, **options)
 
 
 def accumulator_step(operand: QParams, weight: QParams, groups: int = 1) -> torch.Tensor:

@@ -21,7 +21,7 @@ from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
 from qgraph.ir.values import TensorSpec
 from qgraph.lowering.base import Lowering, LoweringContext, bounds, register_lowering, shape_of
-from qgraph.lowering.indexing import zeros
+from qgraph.lowering.indexing import outside
 from qgraph.lowering.windows import AdaptiveAvgPoolLowering, InterpolateLowering, _steps
 from qgraph.numerics import QParams, qint16, qint32
 from qgraph.rewrite import Verdict, no, yes
@@ -56,14 +56,14 @@ class ResizeLowering(InterpolateLowering):
         x, result = bound.operand("input"), ctx.qparams(node)
         sizes = list(zip(shape_of(x)[2:], shape_of(node)[2:], strict=True))
         steps = _steps(bound, shape_of(x)[2:], shape_of(node)[2:])
-        bits = weight_bits(ctx, ctx.qparams(x), len(sizes), overshoots=mode == "bicubic")
+        bits = weight_bits(node, ctx.qparams(x), len(sizes), ctx, overshoots=mode == "bicubic")
         tables: list[fx.Node | None] = [None, None, None]
         for axis, ((size_in, size_out), step) in enumerate(zip(sizes, steps, strict=True), start=3 - len(sizes)):
             table = _table(mode, antialias, size_in, size_out, step, bool(bound.option("align_corners")))
             tables[axis] = ctx.tensor(node, _EDGES[axis], _in_integers(*table, bits))
-        real = ctx.qparams(x).scale.double() / result.scale.double() / 2.0 ** (len(sizes) * bits)
+        real = ctx.ratio(ctx.qparams(x), result=result) / 2.0 ** (len(sizes) * bits)
         multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
-        options = {"arithmetic": str(arithmetic), **bounds(result), **zeros(node, ctx, x)}
+        options = {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
         return ctx.integer("resize", x, *tables, multiplier, shift, like=node, **options)
 
 
@@ -72,13 +72,13 @@ def adaptive_average(node: fx.Node, ctx: LoweringContext) -> fx.Node:
     return AdaptiveAvgPoolLowering.over(node, len(shape_of(node)) - 2, ctx)
 
 
-def weight_bits(ctx: LoweringContext, x: QParams, rank: int, *, overshoots: bool = False) -> int:
+def weight_bits(like: fx.Node, x: QParams, rank: int, ctx: LoweringContext, *, overshoots: bool = False) -> int:
     """Fractional bits of each of `rank` weights: the target's, or what the accumulator has room for.
 
     Args:
         overshoots: whether weights may be negative, so that the sum of their magnitudes exceeds 1 (but not 2 in all).
     """
-    room = ctx.target.step("sample").accumulator.bits - x.qtype.bits - overshoots - (not x.symmetric)
+    room = ctx.step(like, "sample").accumulator.bits - x.qtype.bits - overshoots - (not x.symmetric)
     return min(ctx.target.weight_bits, room // rank)
 
 
@@ -160,7 +160,7 @@ class GridSampleLowering(Lowering):
                 fix=f"let {info(grid).site} be int16",
             )
         align = bool(bound.option("align_corners"))
-        bits = weight_bits(ctx, ctx.qparams(x), 2)
+        bits = weight_bits(node, ctx.qparams(x), 2, ctx)
         positions = _positions(node, grid, shape_of(x)[-2:], align, bits, ctx)
         options: dict[str, Any] = {
             "position_bits": bits,
@@ -168,11 +168,11 @@ class GridSampleLowering(Lowering):
             "align_corners": align,
         }
         if bound.option("mode") == "nearest":
-            options |= zeros(node, ctx, x, result=False)
+            options |= outside(ctx.qparams(x))
             return ctx.integer("sample_nearest", x, positions, like=node, result=ctx.qparams(x), **options)
-        real = ctx.qparams(x).scale.double() / result.scale.double() / 2.0 ** (2 * bits)
+        real = ctx.ratio(ctx.qparams(x), result=result) / 2.0 ** (2 * bits)
         multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
-        options |= {"arithmetic": str(arithmetic), **bounds(result), **zeros(node, ctx, x)}
+        options |= {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
         return ctx.integer("sample_bilinear", x, positions, multiplier, shift, like=node, **options)
 
 
@@ -183,17 +183,16 @@ def _positions(
     source, result = ctx.qparams(grid), QParams(torch.tensor(2.0**-bits), qint32)
     edges = torch.tensor([size[1], size[0]], dtype=torch.float64)
     reach = (edges - 1) / 2 if align else edges / 2
-    arithmetic = ctx.target.step("sum")
+    arithmetic = ctx.step(node, "sum")
     factor = arithmetic.rule.encode_sum((source.scale.double() * reach * 2.0**bits).unsqueeze(0))
     multiplier, offset = factor.multiplier[0], (edges - 1) / 2 * 2.0**bits
-    zero = source.zero_points()
     if factor.shift is None:
-        offset = (offset - multiplier.double() * zero).to(torch.float32)
+        offset = offset.to(torch.float32)
     else:
-        offset = torch.round(torch.ldexp(offset, factor.shift.double())).to(torch.int64) - multiplier * zero
+        offset = torch.round(torch.ldexp(offset, factor.shift.double())).to(torch.int64)
     shift = None if factor.shift is None else ctx.tensor(node, "position_shift", factor.shift)
     stored = (ctx.tensor(node, "position_multiplier", multiplier), shift, ctx.tensor(node, "position_offset", offset))
-    word = {"arithmetic": str(arithmetic), **bounds(result)}
+    word = {"arithmetic": str(arithmetic), **bounds(result), **({"x_zero": source.zero} if source.zero else {})}
     positions = ctx.integer("requantize", grid, *stored, like=node, result=result, **word)
     value = info(grid).value
     shape = value.shape if isinstance(value, TensorSpec) else ()

@@ -144,7 +144,7 @@ class InterpolateLowering(Lowering):
         real = ctx.qparams(x).scale.double() / result.scale.double() / 2.0 ** (2 * bits)
         multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
         tables = [ctx.tensor(node, "rows", rows), ctx.tensor(node, "columns", columns)]
-        options = {"weight_bits": bits, "arithmetic": str(arithmetic), **bounds(result)}
+        options = {"weight_bits": bits, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
         return ctx.integer("resize_bilinear", x, *tables, multiplier, shift, like=node, **options)
 
     def _nearest(self, node: fx.Node, x: fx.Node, rank: int, steps: list[float], ctx: LoweringContext) -> fx.Node:
@@ -170,7 +170,8 @@ def _averaged(
     result = ctx.qparams(node)
     real = ctx.qparams(x).scale.double() / result.scale.double() / counts
     multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-    return ctx.integer(name, x, multiplier, shift, like=node, **options, arithmetic=str(arithmetic), **bounds(result))
+    options = {**options, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
+    return ctx.integer(name, x, multiplier, shift, like=node, **options)
 
 
 def _window_counts(

@@ -20,8 +20,16 @@ from qgraph.numerics.formats import (
     qint32,
     quint8,
 )
-from qgraph.numerics.qparams import QParams, choose_qparams, qparams_from_scale
-from qgraph.numerics.quantize import bias_codes, dequantize, fake_quantize, quantize
+from qgraph.numerics.qparams import QParams, Scheme, choose_qparams, qparams_from_scale
+from qgraph.numerics.quantize import (
+    RECIPROCAL,
+    QuantizeRule,
+    bias_codes,
+    dequantize,
+    fake_quantize,
+    parse_quantize_rule,
+    quantize,
+)
 from qgraph.numerics.requantize import (
     Factor,
     RequantizeRule,
@@ -34,6 +42,7 @@ from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_s
 from qgraph.numerics.tables import build_table, check_intervals, lookup
 
 __all__ = [
+    "RECIPROCAL",
     "Arithmetic",
     "Factor",
     "FloatFormat",
@@ -41,9 +50,11 @@ __all__ = [
     "Overflow",
     "QParams",
     "QType",
+    "QuantizeRule",
     "RequantizeRule",
     "Rounding",
     "ScaleForm",
+    "Scheme",
     "as_format",
     "bias_codes",
     "build_table",
@@ -59,6 +70,7 @@ __all__ = [
     "parse_arithmetic",
     "parse_format",
     "parse_qtype",
+    "parse_quantize_rule",
     "parse_rule",
     "qint4",
     "qint8",

@@ -102,25 +102,26 @@ class RequantizeRule:
                 return encoded
         return encode_common_shift(factors, self.bits)
 
-    def apply(self, accumulator: torch.Tensor, factor: Factor) -> torch.Tensor:
-        """The rescaled accumulator, unsaturated.
+    def apply(self, accumulator: torch.Tensor, factor: Factor, zero: int = 0) -> torch.Tensor:
+        """The rescaled accumulator at a zero point, unsaturated.
 
         Args:
             accumulator: int64, any shape, such that its product with the multiplier has at most 63 bits.
             factor: as encoded by this rule, broadcastable to the accumulator.
+            zero: zero point of the result, added after rounding.
 
         Returns:
             int64 tensor of the accumulator's shape.
         """
         if self.form is ScaleForm.FLOAT:
-            return _rounded(accumulator.to(torch.float32) * factor.multiplier, self.rounding)
+            return _rounded(accumulator.to(torch.float32) * factor.multiplier, self.rounding) + zero
         shift = factor.shifts()
         if self.first_rounding is None:
-            return rounding_shift_right(accumulator * factor.multiplier, shift, self.rounding)
+            return rounding_shift_right(accumulator * factor.multiplier, shift, self.rounding) + zero
         # gemmlowp multiplies the accumulator up where s < 31, to divide by 2**31 always: the same number.
         first = shift.clamp(max=_HIGH_BITS)
         high = rounding_shift_right(accumulator * factor.multiplier, first, self.first_rounding)
-        return rounding_shift_right(high, (shift - _HIGH_BITS).clamp(min=0), self.rounding)
+        return rounding_shift_right(high, (shift - _HIGH_BITS).clamp(min=0), self.rounding) + zero
 
     def apply_sum(
         self,

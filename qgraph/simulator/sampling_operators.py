@@ -21,8 +21,8 @@ SCHEMAS: dict[str, str] = {
     "order": "(Tensor x, *, int dim, bool descending, int? count) -> Tensor",
     "resize": f"(Tensor x, Tensor? depth, Tensor? rows, Tensor columns, {_FACTOR}, *, {_BOUNDS}) -> Tensor",
     "sample_bilinear": f"(Tensor x, Tensor positions, {_FACTOR}, *, {_PLACE}, {_BOUNDS}) -> Tensor",
-    "sample_nearest": f"(Tensor x, Tensor positions, *, {_PLACE}, int x_zero=0) -> Tensor",
-    "unfold": f"(Tensor x, *, {_WINDOW}, int x_zero=0) -> Tensor",
+    "sample_nearest": f"(Tensor x, Tensor positions, *, {_PLACE}, int outside=0) -> Tensor",
+    "unfold": f"(Tensor x, *, {_WINDOW}, int outside=0) -> Tensor",
 }
 
 
@@ -47,7 +47,7 @@ def _fake_order(x: torch.Tensor, *, dim: int, descending: bool, count: int | Non
     return x.new_empty(shape, dtype=torch.int64)
 
 
-def _fake_unfold(x, *, kernel_size, dilation, padding, stride, x_zero=0):  # type: ignore[no-untyped-def]
+def _fake_unfold(x, *, kernel_size, dilation, padding, stride, outside=0):  # type: ignore[no-untyped-def]
     rows, columns = unfolded_size(x.shape[-2:], kernel_size, dilation, padding, stride)
     return x.new_empty([*x.shape[:-3], x.shape[-3] * kernel_size[0] * kernel_size[1], rows * columns])
 

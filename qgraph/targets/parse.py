@@ -6,10 +6,21 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
+import torch
+
 from qgraph.errors import QGraphError, TargetError, did_you_mean
 from qgraph.ir.op_table import OPS
-from qgraph.numerics import Arithmetic, Format, check_intervals, parse_arithmetic, parse_format, parse_qtype
-from qgraph.targets.target import LegalFormats, OpRule, Target
+from qgraph.numerics import (
+    Arithmetic,
+    Format,
+    Scheme,
+    check_intervals,
+    parse_arithmetic,
+    parse_format,
+    parse_qtype,
+    parse_quantize_rule,
+)
+from qgraph.targets.target import LegalFormats, Memory, OpRule, Target
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,36 +40,51 @@ def parse_target(text: str, *, origin: str) -> Target:
         table = _Table(tomllib.loads(text), origin)
     except tomllib.TOMLDecodeError as error:
         raise TargetError("the target file is not TOML", where=origin, why=str(error)) from error
-    known = {"name", "description", "symmetric", "weight_per_channel", "ops"}
-    table.allow(known | {"tables", "sampling", "arithmetic", "units", "memory"})
-    if not table.flag("symmetric"):
-        raise TargetError(
-            "symmetric = false is not available",
-            where=origin,
-            why="every scale so far has real zero at code zero",
-            fix="set symmetric = true, or choose another target",
-        )
+    table.allow(KEYS)
     units = _units(table.table("units"))
+    activations, weights = table.table("activations"), table.table("weights")
     tables, arithmetic = table.table("tables"), table.table("arithmetic")
-    for step in STEPS:
-        arithmetic.text(step)  # the lowerings of qgraph need these; others may need more
-    sampling, memory = table.table("sampling"), table.table("memory")
+    sampling, memory, fusion = table.table("sampling"), table.table("memory"), table.table("fusion")
     sampling.allow({"weight_bits"})
-    memory.allow({"bytes_per_cycle", "clock_hz"})
+    fusion.allow({"residual"})
+    ops = _ops(table.tables("ops"), units)
     return Target(
         name=table.text("name"),
         description=table.text("description") if "description" in table.data else "",
-        symmetric=table.flag("symmetric"),
-        weight_per_channel=table.flag("weight_per_channel"),
+        eight_bits=activations.understood(lambda: parse_qtype(activations.text("eight_bits"))),
+        activations=_schemes(activations, but={"eight_bits"}),
+        weights=_schemes(weights, but={"per_channel", "bias"}),
+        weight_per_channel=weights.flag("per_channel"),
+        bias=weights.understood(lambda: parse_format(weights.text("bias"))),
+        residual=fusion.flag("residual"),
+        quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
+        factor_dtype=_factor_dtype(arithmetic),
         tables={name: _intervals(tables, name) for name in tables.data},
         weight_bits=int(sampling.number("weight_bits", whole=True)),
-        arithmetic={step: _arithmetic(arithmetic, step) for step in arithmetic.data},
-        ops=_ops(table.tables("ops"), units),
+        arithmetic=_steps(arithmetic, ops),
+        ops=ops,
         units=units,
-        bytes_per_cycle=memory.number("bytes_per_cycle"),
+        memories=_memories(memory),
         clock_hz=memory.number("clock_hz"),
         origin=origin,
     )
+
+
+KEYS = (
+    "name",
+    "description",
+    "activations",
+    "weights",
+    "fusion",
+    "tables",
+    "sampling",
+    "arithmetic",
+    "ops",
+    "units",
+    "memory",
+)
+STEPS = ("product", "sum", "sample")  # the lowerings of qgraph need these; others may need more
+_PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
 class _Table:
@@ -121,7 +147,53 @@ class _Table:
         return self.data[key]
 
 
-STEPS = ("product", "sum", "sample")
+def _schemes(table: _Table, but: Collection[str]) -> dict[str, Scheme]:
+    """Formats and their schemes."""
+    found = {}
+    for name in table.data:
+        if name in but:
+            continue
+        table.understood(lambda name=name: parse_qtype(name))  # type: ignore[misc]
+        word, schemes = table.text(name), {str(scheme): scheme for scheme in Scheme}
+        if word not in schemes:
+            raise TargetError(f"{name} is {word!r}", where=table.origin, fix=did_you_mean(word, schemes))
+        found[name] = schemes[word]
+    return found
+
+
+def _factor_dtype(arithmetic: _Table) -> torch.dtype:
+    word = arithmetic.text("factors")
+    if word not in _PRECISIONS:
+        raise TargetError(f"factors is {word!r}", where=arithmetic.origin, fix=did_you_mean(word, _PRECISIONS))
+    return _PRECISIONS[word]
+
+
+def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
+    """The arithmetic of every step, and of steps of single operators (`op.step`)."""
+    for step in STEPS:
+        table.text(step)
+    steps = {}
+    for name in table.data:
+        if name in ("quantize", "factors"):
+            continue
+        op, dot, _ = name.rpartition(".")
+        if dot and op not in ops:
+            raise TargetError(f"there is no operator {op!r}", where=table.origin, fix=did_you_mean(op, ops))
+        steps[name] = _arithmetic(table, name)
+    return steps
+
+
+def _memories(table: _Table) -> dict[str, Memory]:
+    levels = {}
+    for name in table.data:
+        if name == "clock_hz":
+            continue
+        level = table.table(name)
+        level.allow({"bytes", "bytes_per_cycle"})
+        levels[name] = Memory(level.number("bytes"), level.number("bytes_per_cycle"))
+    if "ddr" not in levels:
+        raise TargetError("the memory 'ddr' is not described", where=table.origin, fix="add [memory.ddr]")
+    return levels
 
 
 def _arithmetic(table: _Table, step: str) -> Arithmetic:

@@ -9,19 +9,8 @@ from itertools import product
 
 import numpy as np
 
-from .arithmetic import Counts, Finish, half_even, rescale
-from .operators import OPERATORS, Array, Position, at, fill, finish, positions, spread
-
-
-def end_of_sum(sums: Array, multiplier: Array, shift: Array | None, zero: int, end: Finish) -> Array:
-    """Accumulates, rescales, adds the zero point and clamps."""
-    multipliers, shifts = spread(multiplier, sums.shape), spread(shift, sums.shape)
-
-    def result(i: Position) -> int:
-        held = end.accumulate(sums[i])
-        return end.clamp(rescale(end.word, held, multipliers[i], shifts[i], end.counts) + zero)
-
-    return fill(sums.shape, result)
+from .arithmetic import Counts, half_even
+from .operators import OPERATORS, Array, Position, at, end_of_sum, fill, finish, positions
 
 
 # --- section 8.1: indices --------------------------------------------------------------------------------------------
@@ -70,14 +59,13 @@ def cumsum(
     low: int,
     high: int,
     format: str,
-    x_zero: int = 0,
     zero: int = 0,
     counts: Counts,
 ) -> Array:
     """Sums up to and with each element."""
     axis = dim % x.ndim
-    sums = fill(x.shape, lambda i: sum(code - x_zero for code in line(x, i, axis)[: i[axis] + 1]))
-    return end_of_sum(sums, multiplier, shift, zero, finish(arithmetic, low, high, format, counts))
+    sums = fill(x.shape, lambda i: sum(code for code in line(x, i, axis)[: i[axis] + 1]))
+    return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, zero, counts))
 
 
 # --- section 8.2: columns --------------------------------------------------------------------------------------------
@@ -95,7 +83,7 @@ def unfold(
     dilation: Sequence[int],
     padding: Sequence[int],
     stride: Sequence[int],
-    x_zero: int = 0,
+    outside: int = 0,
     counts: Counts,
 ) -> Array:
     """Channel and tap number a column's rows, windows row by row its columns."""
@@ -112,7 +100,7 @@ def unfold(
         step = divmod(tap, kernel_size[1])
         source = [place[a] * stride[a] - padding[a] + step[a] * dilation[a] for a in range(2)]
         found = at(x, (*image, channel, *source))
-        return x_zero if found is None else found
+        return outside if found is None else found
 
     return fill([*outer, channels * taps, across[0] * across[1]], code)
 
@@ -131,7 +119,6 @@ def fold(
     low: int,
     high: int,
     format: str,
-    x_zero: int = 0,
     zero: int = 0,
     counts: Counts,
 ) -> Array:
@@ -149,11 +136,11 @@ def fold(
             if any(place[a] % stride[a] or not 0 <= place[a] // stride[a] < across[a] for a in range(2)):
                 continue
             window = place[0] // stride[0] * across[1] + place[1] // stride[1]
-            result += x[(*image, channel * taps + tap[0] * kernel_size[1] + tap[1], window)] - x_zero
+            result += x[(*image, channel * taps + tap[0] * kernel_size[1] + tap[1], window)]
         return result
 
     sums = fill([*x.shape[:-2], x.shape[-2] // taps, *output_size], total)
-    return end_of_sum(sums, multiplier, shift, zero, finish(arithmetic, low, high, format, counts))
+    return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, zero, counts))
 
 
 # --- section 9.2: tables of neighbours ---------------------------------------------------------------------------------
@@ -171,7 +158,6 @@ def resize(
     low: int,
     high: int,
     format: str,
-    x_zero: int = 0,
     zero: int = 0,
     counts: Counts,
 ) -> Array:
@@ -183,12 +169,12 @@ def resize(
         result = 0
         for taps in positions([table.shape[1] for table in tables]):
             chosen = [(table[0, tap, i], table[1, tap, i]) for table, tap, i in zip(tables, taps, place, strict=True)]
-            code = x[(image, channel, *(index for index, _ in chosen))] - x_zero
+            code = x[(image, channel, *(index for index, _ in chosen))]
             result += code * math.prod(weight for _, weight in chosen)
         return result
 
     sums = fill([*x.shape[:2], *(table.shape[2] for table in tables)], total)
-    return end_of_sum(sums, multiplier, shift, zero, finish(arithmetic, low, high, format, counts))
+    return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, zero, counts))
 
 
 # --- section 9.3: computed positions -----------------------------------------------------------------------------------
@@ -223,7 +209,6 @@ def sample_bilinear(
     low: int,
     high: int,
     format: str,
-    x_zero: int = 0,
     zero: int = 0,
     counts: Counts,
 ) -> Array:
@@ -238,11 +223,11 @@ def sample_bilinear(
         for i, j in product(range(height), range(width)):
             weight = max(one - abs(row * one - i * one), 0) * max(one - abs(column * one - j * one), 0)
             assert weight.denominator == 1
-            result += (x[image, channel, i, j] - x_zero) * weight.numerator
+            result += x[image, channel, i, j] * weight.numerator
         return result
 
     sums = fill([*x.shape[:2], *at_positions.shape[1:-1]], total)
-    return end_of_sum(sums, multiplier, shift, zero, finish(arithmetic, low, high, format, counts))
+    return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, zero, counts))
 
 
 def sample_nearest(
@@ -252,7 +237,7 @@ def sample_nearest(
     position_bits: int,
     padding: str,
     align_corners: bool,
-    x_zero: int = 0,
+    outside: int = 0,
     counts: Counts,
 ) -> Array:
     """The element at the rounded position, ties to the even one."""
@@ -262,7 +247,7 @@ def sample_nearest(
         image, channel, *place = position
         column, row = read_at(at_positions, image, place, (width, height), position_bits, padding, align_corners)
         found = at(x, (image, channel, half_even(row), half_even(column)))
-        return x_zero if found is None else found
+        return outside if found is None else found
 
     return fill([*x.shape[:2], *at_positions.shape[1:-1]], code)
 

@@ -10,24 +10,21 @@ import torch
 from tests.simulator.cases import STORAGE, Case, Draw
 
 
-def zeros(draw: Draw, x: torch.Tensor, result: str | None = None) -> dict[str, int]:
-    """Zero points: mostly left out, else any code, the ends among them."""
+MOVES = ("arg_extreme", "order", "sample_nearest", "unfold")
+"""Operators that do not compute with codes: no zero points."""
+
+
+def outside(draw: Draw, x: torch.Tensor) -> dict[str, int]:
+    """The code that stands for what lies beyond the borders: mostly left out, else any."""
     name = next(name for name, dtype in STORAGE.items() if dtype is x.dtype)
-    found = {}
-    if draw.chance(0.5):
-        found["x_zero"] = draw.code(name, draw.one_of("ends", "small", "uniform"))
-    if result is not None and draw.chance(0.5):
-        found["zero"] = draw.code(result, draw.one_of("ends", "small", "uniform"))
-    return found
+    return {"outside": draw.code(name, draw.one_of("ends", "small", "uniform"))} if draw.chance(0.5) else {}
 
 
-def rescaled(draw: Draw, x: torch.Tensor, extra_shift: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Multiplier and shift; arithmetic, bounds and zero points."""
+def rescaled(draw: Draw, extra_shift: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Multiplier and shift; arithmetic and bounds."""
     text = draw.word()
     factors = draw.factors(text, extra_shift=extra_shift)
-    output = draw.output()
-    options = {"arithmetic": text, **output, **zeros(draw, x, output["format"])}
-    return (*factors.multipliers, factors.shift), options
+    return (*factors.multipliers, factors.shift), {"arithmetic": text, **draw.output()}
 
 
 def arg_extreme_case(draw: Draw) -> Case:
@@ -45,7 +42,7 @@ def order_case(draw: Draw) -> Case:
 
 def cumsum_case(draw: Draw) -> Case:
     x = draw.operand(draw.shape(draw.integer(1, 3), 5))
-    factors, options = rescaled(draw, x)
+    factors, options = rescaled(draw)
     return Case("cumsum", (x, *factors), {"dim": draw.integer(-x.dim(), x.dim() - 1), **options})
 
 
@@ -60,7 +57,7 @@ def window(draw: Draw) -> tuple[dict[str, list[int]], list[int]]:
 def unfold_case(draw: Draw) -> Case:
     geometry, size = window(draw)
     x = draw.operand([*draw.shape(2, 2), *size])
-    return Case("unfold", (x,), {**geometry, **zeros(draw, x)})
+    return Case("unfold", (x,), {**geometry, **outside(draw, x)})
 
 
 def fold_case(draw: Draw) -> Case:
@@ -70,7 +67,7 @@ def fold_case(draw: Draw) -> Case:
     count = torch.nn.functional.unfold(torch.zeros(1, 1, *size), **geometry).shape[-1]
     outer, channels = draw.shape(2, 2)
     x = draw.operand([outer, channels * kernel[0] * kernel[1], count])
-    factors, options = rescaled(draw, x)
+    factors, options = rescaled(draw)
     return Case("fold", (x, *factors), {"output_size": size, **geometry, **options})
 
 
@@ -80,7 +77,7 @@ def resize_case(draw: Draw) -> Case:
     x = draw.operand([*draw.shape(2, 2), *size])
     taps = draw.integer(1, 4 if rank < 3 else 2)
     tables = [neighbours(draw, length, taps, bits) for length in size]
-    factors, options = rescaled(draw, x, extra_shift=rank * bits)
+    factors, options = rescaled(draw, extra_shift=rank * bits)
     return Case("resize", (x, *[None] * (3 - rank), *tables, *factors), options)
 
 
@@ -117,8 +114,8 @@ def sample_case(draw: Draw, operator: str) -> Case:
     x = draw.operand([*draw.shape(2, 2), *size])
     positions, options = place(draw, [x.shape[0], *draw.shape(draw.integer(1, 2), 3)], size)
     if operator == "sample_nearest":
-        return Case(operator, (x, positions), {**options, **zeros(draw, x)})
-    factors, rest = rescaled(draw, x, extra_shift=2 * options["position_bits"])
+        return Case(operator, (x, positions), {**options, **outside(draw, x)})
+    factors, rest = rescaled(draw, extra_shift=2 * options["position_bits"])
     return Case(operator, (x, positions, *factors), {**options, **rest})
 
 

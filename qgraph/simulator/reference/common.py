@@ -22,7 +22,7 @@ def accumulated(sums: torch.Tensor, arithmetic: Arithmetic, trace: KernelTrace |
 
 
 def finished(scaled: torch.Tensor, low: int, high: int, format: str, trace: KernelTrace | None) -> torch.Tensor:
-    """Rescaled values (int64) between the bounds, in the format's storage dtype."""
+    """Rescaled values (int64, zero point included) between the bounds, in the format's storage dtype."""
     qtype = parse_qtype(format)
     if trace is not None:
         # An activation's bound clips on purpose; only leaving the format counts as saturation.
@@ -40,29 +40,13 @@ def requantized(
     low: int,
     high: int,
     format: str,
-    trace: KernelTrace | None,
-) -> torch.Tensor:
-    """Exact sums (int64) accumulated, rescaled by one factor, bounded."""
-    word = parse_arithmetic(arithmetic)
-    held = accumulated(sums, word, trace)
-    return finished(word.rule.apply(held, Factor(multiplier, shift)), low, high, format, trace)
-
-
-def rescaled(
-    sums: torch.Tensor,
-    multiplier: torch.Tensor,
-    shift: torch.Tensor | None,
-    arithmetic: str,
-    low: int,
-    high: int,
-    format: str,
     zero: int,
     trace: KernelTrace | None,
 ) -> torch.Tensor:
-    """As `requantized`, with a zero point."""
+    """Exact sums (int64) accumulated, rescaled by one factor, moved to the zero point, bounded."""
     word = parse_arithmetic(arithmetic)
     held = accumulated(sums, word, trace)
-    return finished(word.rule.apply(held, Factor(multiplier, shift)) + zero, low, high, format, trace)
+    return finished(word.rule.apply(held, Factor(multiplier, shift), zero), low, high, format, trace)
 
 
 def along_channels(values: torch.Tensor | None, spatial: int) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 
-from qgraph.simulator.reference.common import rescaled, wide
+from qgraph.simulator.reference.common import requantized, wide
 from qgraph.simulator.trace import KernelTrace
 
 
@@ -27,7 +27,7 @@ def cumsum(
 ) -> torch.Tensor:
     """Rescaled sums of each element and all before it along `dim`; every sum enters the accumulator once."""
     sums = wide(x, x_zero).cumsum(dim)
-    return rescaled(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
+    return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def unfold(
@@ -37,13 +37,13 @@ def unfold(
     dilation: Sequence[int],
     padding: Sequence[int],
     stride: Sequence[int],
-    x_zero: int = 0,
+    outside: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """Windows of `x` `[N, C, H, W]` as columns `[N, C * kernel, windows]`; padding is real zero."""
     size = unfolded_size(x.shape[-2:], kernel_size, dilation, padding, stride)
     (above, before) = padding
-    padded = torch.nn.functional.pad(x, (before, before, above, above), value=x_zero)
+    padded = torch.nn.functional.pad(x, (before, before, above, above), value=outside)
     taps = [padded[..., rows, columns] for rows, columns in _taps(size, kernel_size, dilation, stride)]
     return torch.stack(taps, dim=-3).reshape(*x.shape[:-3], -1, size[0] * size[1])
 
@@ -76,7 +76,7 @@ def fold(
         sums[..., rows, places] += columns[..., tap, :, :]
     for dim, (pad, length) in enumerate(zip(padding, output_size, strict=True), start=-2):
         sums = sums.narrow(dim, pad, length)
-    return rescaled(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
+    return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def unfolded_size(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from qgraph.simulator.reference.common import rescaled, wide
+from qgraph.simulator.reference.common import requantized, wide
 from qgraph.simulator.trace import KernelTrace
 
 
@@ -40,7 +40,7 @@ def resize(
             for taken, weight in zip(indices, weights, strict=True)
         ]
         sums = torch.stack(terms).sum(dim=0)
-    return rescaled(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
+    return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def sample_bilinear(
@@ -80,7 +80,7 @@ def sample_bilinear(
         for j, horizontal in enumerate((one - to_right, to_right)):
             weight = (vertical * horizontal).unsqueeze(1)
             sums = sums + weight * _taken(codes, top + i, left + j, outside=0)
-    return rescaled(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
+    return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def sample_nearest(
@@ -90,12 +90,12 @@ def sample_nearest(
     position_bits: int,
     padding: str,
     align_corners: bool,
-    x_zero: int = 0,
+    outside: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """The codes nearest to computed positions, halves to the even element; arguments as for `sample_bilinear`."""
     column, row = _inside(positions, x.shape[-2:], position_bits, padding, align_corners)
-    return _taken(x, _nearest(row, position_bits), _nearest(column, position_bits), outside=x_zero)
+    return _taken(x, _nearest(row, position_bits), _nearest(column, position_bits), outside=outside)
 
 
 def _nearest(position: torch.Tensor, bits: int) -> torch.Tensor:
