@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 def set_item(input: torch.Tensor, index: Any, value: torch.Tensor | float) -> torch.Tensor:
@@ -49,3 +50,14 @@ def argsort(input: torch.Tensor, dim: int = -1, descending: bool = False, stable
 def windows(input: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tensor:
     """`input.unfold(dimension, size, step)`: windows along one dimension, as a last dimension."""
     return input.unfold(dimension, size, step)
+
+
+def grid_sample(
+    input: torch.Tensor,
+    grid: torch.Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+) -> torch.Tensor:
+    """`F.grid_sample`, which warns unless `align_corners` is given."""
+    return F.grid_sample(input, grid, mode, padding_mode, align_corners)

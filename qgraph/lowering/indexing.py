@@ -25,6 +25,7 @@ from qgraph.lowering.base import (
     shape_of,
     spatial,
 )
+from qgraph.lowering.movement import MoveLowering
 from qgraph.numerics import QParams
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
@@ -33,6 +34,15 @@ from qgraph.targets import Target
 def outside(x: QParams) -> dict[str, int]:
     """The option that says which code stands for real zero, if it is not 0."""
     return {"outside": x.zero} if x.zero else {}
+
+
+class EmbeddingLowering(MoveLowering):
+    """Rows of a table of codes."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        if node.op == "call_module":
+            return no("its table is renormalized in the forward (max_norm)", node)
+        return yes()
 
 
 class ArgExtremeLowering(Lowering):
@@ -139,6 +149,7 @@ def _fixed_geometry(node: fx.Node) -> Verdict:
 
 
 for _name, _lowering in {
+    "embedding": EmbeddingLowering(),
     "arg_extreme": ArgExtremeLowering(),
     "argsort": ArgsortLowering(),
     "top_indices": TopIndicesLowering(),

@@ -127,7 +127,7 @@ EMBEDDING = define(
     parameters=("weight",),
     plain=("input",),
     quant=QuantRule.SAME,
-    lowering="move",
+    lowering="embedding",
 )
 CUMSUM = define(
     "cumsum",
