@@ -15,7 +15,8 @@ from torch import fx
 
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info
-from qgraph.ir.op_table import ARGMAX
+from qgraph.ir.op_table import ARGMAX, CONSTANT, DYNAMIC_SHAPE
+from qgraph.ir.shapes import tensor_spec
 from qgraph.lowering.base import (
     Lowering,
     LoweringContext,
@@ -34,6 +35,17 @@ from qgraph.targets import Target
 def outside(x: QParams) -> dict[str, int]:
     """The option that says which code stands for real zero, if it is not 0."""
     return {"outside": x.zero} if x.zero else {}
+
+
+class SliceLowering(MoveLowering):
+    """Slices and indexing with integers; a computed mask as index has as many results as it has true elements."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        for used in node.all_input_nodes:
+            spec = tensor_spec(used)
+            if spec is not None and spec.dtype is torch.bool and info(used).op is not CONSTANT:
+                return no(DYNAMIC_SHAPE, node)
+        return yes()
 
 
 class EmbeddingLowering(MoveLowering):
@@ -149,6 +161,7 @@ def _fixed_geometry(node: fx.Node) -> Verdict:
 
 
 for _name, _lowering in {
+    "slice": SliceLowering(),
     "embedding": EmbeddingLowering(),
     "arg_extreme": ArgExtremeLowering(),
     "argsort": ArgsortLowering(),

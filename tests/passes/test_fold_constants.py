@@ -200,9 +200,9 @@ def written_by_a_constant_through_a_view(m, x):
 
 LEFT = {
     depends_on_batch: ["size", "opaque", "slice", "mul", "add"],
-    depends_on_batch_by_ones: ["size", "opaque", "opaque", "mul"],
+    depends_on_batch_by_ones: ["size", "opaque", "cumsum", "mul"],
     depends_on_values: ["opaque", "sum", "mul", "add"],
-    depends_on_shape_like: ["opaque", "opaque", "add"],
+    depends_on_shape_like: ["opaque", "cumsum", "add"],
     new_from_input: ["size", "opaque", "add"],
     written_through_a_view: ["opaque", "slice", "reshape", "set_item", "slice", "add"],
     written_by_a_constant_through_a_view: ["opaque", "reshape", "add", "slice", "add"],

@@ -170,8 +170,8 @@ def test_colours_say_what_a_node_is() -> None:
 @pytest.mark.parametrize("stage", ["prepared", "integer"])
 def test_float_islands_are_red_and_say_why(stage: str) -> None:
     drawn = picture("shared", stage)
-    assert drawn.with_role(Role.ISLAND) == {"%generated_cumsum_0"}
-    assert "float: no integer form of torch.cumsum is known" in " ".join(drawn.boxes["%generated_cumsum_0"])
+    assert drawn.with_role(Role.ISLAND) == {"%generated_cumprod_0"}
+    assert "float: no integer form of torch.cumprod is known" in " ".join(drawn.boxes["%generated_cumprod_0"])
 
 
 @pytest.mark.parametrize(("model", "stage"), ALL)

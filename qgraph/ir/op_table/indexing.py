@@ -139,7 +139,7 @@ CUMSUM = define(
     lowering="cumsum",
 )
 
-_DYNAMIC = "the shape of its result depends on the values, and an integer graph has fixed shapes"
+DYNAMIC_SHAPE = "the shape of its result depends on the values, and an integer graph has fixed shapes"
 
 
 def _refused(name: str, function: Function, why: str, *methods: str, example: Any = None, **more: Any) -> Op:
@@ -147,9 +147,9 @@ def _refused(name: str, function: Function, why: str, *methods: str, example: An
     return define(name, OpKind.SELECT, example, target=function, spelled=methods or (name,), refusal=why, **more)
 
 
-NONZERO = _refused("nonzero", torch.nonzero, _DYNAMIC, example=lambda input, as_tuple=False: None)
+NONZERO = _refused("nonzero", torch.nonzero, DYNAMIC_SHAPE, example=lambda input, as_tuple=False: None)
 MASKED_SELECT = _refused(
-    "masked_select", torch.masked_select, _DYNAMIC, example=lambda input, mask: None, operands="input mask"
+    "masked_select", torch.masked_select, DYNAMIC_SHAPE, example=lambda input, mask: None, operands="input mask"
 )
 PROD = _refused("prod", torch.prod, "the product of many codes fits no accumulator")
 LOGSUMEXP = _refused(

@@ -106,6 +106,7 @@ SLICE = _move(
     operator.getitem,
     lambda input, index: None,
     spelled=("__getitem__",),
+    lowering="slice",
 )
 SPLIT = _move(
     "split",
