@@ -193,7 +193,7 @@ def _bind_module(node: fx.Node, op: Op) -> Bound:
     for name in op.options:
         attribute = renamed.get(name, name)
         default = op.default(name)
-        value = attribute.value if isinstance(attribute, Fixed) else getattr(module, attribute, default)
+        value: Any = attribute.value if isinstance(attribute, Fixed) else getattr(module, attribute, default)
         if value is not inspect.Parameter.empty:
             values[name] = value
     for name in inputs:

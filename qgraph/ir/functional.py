@@ -35,9 +35,7 @@ def copy_to(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(input).copy_(other)
 
 
-def top_indices(
-    input: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> torch.Tensor:
+def top_indices(input: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> torch.Tensor:
     """The indices of `torch.topk`, int64."""
     return torch.topk(input, k, dim, largest, sorted).indices
 

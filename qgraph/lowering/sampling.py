@@ -85,7 +85,10 @@ def weight_bits(like: fx.Node, x: QParams, rank: int, ctx: LoweringContext, *, o
 def _table(
     mode: str, antialias: bool, size_in: int, size_out: int, step: float, align: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (int64) and real weights (float64) of each result, `[taps, size_out]`; positions in float32 as in torch."""
+    """Indices (int64) and real weights (float64) of each result, `[taps, size_out]`.
+
+    Positions are computed in float32, as in torch.
+    """
     if align:
         step = (size_in - 1) / (size_out - 1) if size_out > 1 else 0.0
     scale = torch.tensor(step, dtype=torch.float32)
@@ -129,7 +132,10 @@ def _cubic(distance: torch.Tensor, a: float) -> torch.Tensor:
 
 
 def _in_integers(indices: torch.Tensor, weights: torch.Tensor, bits: int) -> torch.Tensor:
-    """`[2, taps, size]`: indices, and weights in units of `2**-bits` that sum to 1; the largest takes what rounding left."""
+    """`[2, taps, size]`: indices, and weights in units of `2**-bits` that sum to 1.
+
+    The largest weight takes what rounding left.
+    """
     rounded = torch.round(weights * float(1 << bits)).to(torch.int64)
     largest = weights.argmax(dim=0, keepdim=True)
     rest = (1 << bits) - rounded.sum(dim=0, keepdim=True)

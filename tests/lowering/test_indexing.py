@@ -181,7 +181,9 @@ def test_reasons(function: Callable[[torch.Tensor], torch.Tensor], reason: str) 
 
 
 def test_a_grid_of_8_bits_is_refused() -> None:
-    model = Forward(lambda m, x: F.grid_sample(x, m.tanh(x[:, :2]).permute(0, 2, 3, 1), align_corners=False), tanh=nn.Tanh())
+    model = Forward(
+        lambda m, x: F.grid_sample(x, m.tanh(x[:, :2]).permute(0, 2, 3, 1), align_corners=False), tanh=nn.Tanh()
+    )
     setters = [ModuleNameQconfigSetter({"tanh": QConfig(output="int8")})]
     with pytest.raises(QuantizationError, match="int16 -> int8"):
         prepare(model.eval(), torch.randn(2, 3, 4, 4), setters)

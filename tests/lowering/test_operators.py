@@ -7,8 +7,7 @@ integer graph must compute a sample the same way in a batch of any size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from qgraph.quantization import QConfig, calibrate, convert, prepare
 from qgraph.simulator import Simulator
 from tests.lowering.indexing_cases import CASES as INDEXING_CASES
 from tests.lowering.indexing_cases import Case, module, of
-
 
 # torch warns once that padding="same" with an even kernel copies its input.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

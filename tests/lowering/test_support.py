@@ -43,7 +43,12 @@ def prepared(forward: Callable[..., Any], shape: tuple[int, ...] = IMAGE, **chil
         (lambda m, x: m.up(x, output_size=[14, 14]), IMAGE, {"up": nn.ConvTranspose2d(4, 4, 3, 2)}, "output size"),
         (lambda m, x: F.conv2d(x.relu(), x.sigmoid()[:1, :, :3, :3]), IMAGE, {}, "computed in the forward"),
         (lambda m, x: F.max_pool2d(x.relu(), 2, return_indices=True)[0], IMAGE, {}, "indices"),
-        (lambda m, x: F.grid_sample(x, x[:, :2].movedim(1, 3), mode="bicubic", align_corners=True), IMAGE, {}, "bicubic"),
+        (
+            lambda m, x: F.grid_sample(x, x[:, :2].movedim(1, 3), mode="bicubic", align_corners=True),
+            IMAGE,
+            {},
+            "bicubic",
+        ),
         (lambda m, x: x.relu().double() * 2.0, IMAGE, {}, "f64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -12,7 +12,6 @@ import numpy as np
 from .arithmetic import Counts, half_even
 from .operators import OPERATORS, Array, Position, at, end_of_sum, fill, finish, positions
 
-
 # --- section 8.1: indices --------------------------------------------------------------------------------------------
 
 
@@ -88,9 +87,7 @@ def unfold(
 ) -> Array:
     """Channel and tap number a column's rows, windows row by row its columns."""
     *outer, channels, height, width = x.shape
-    across = [
-        window_count((height, width)[a], kernel_size[a], dilation[a], padding[a], stride[a]) for a in range(2)
-    ]
+    across = [window_count((height, width)[a], kernel_size[a], dilation[a], padding[a], stride[a]) for a in range(2)]
     taps = kernel_size[0] * kernel_size[1]
 
     def code(position: Position) -> int:
@@ -124,9 +121,7 @@ def fold(
 ) -> Array:
     """For each output, every (tap, window) that lies on it."""
     taps = kernel_size[0] * kernel_size[1]
-    across = [
-        window_count(output_size[a], kernel_size[a], dilation[a], padding[a], stride[a]) for a in range(2)
-    ]
+    across = [window_count(output_size[a], kernel_size[a], dilation[a], padding[a], stride[a]) for a in range(2)]
 
     def total(position: Position) -> int:
         *image, channel, row, column = position
@@ -143,7 +138,7 @@ def fold(
     return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, zero, counts))
 
 
-# --- section 9.2: tables of neighbours ---------------------------------------------------------------------------------
+# --- section 9.2: tables of neighbours -----------------------------------------------------------------------------
 
 
 def resize(
@@ -177,7 +172,7 @@ def resize(
     return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, zero, counts))
 
 
-# --- section 9.3: computed positions -----------------------------------------------------------------------------------
+# --- section 9.3: computed positions -------------------------------------------------------------------------------
 
 
 def inside(position: Fraction, size: int, padding: str, align_corners: bool) -> Fraction:

@@ -9,7 +9,6 @@ import torch
 
 from tests.simulator.cases import STORAGE, Case, Draw
 
-
 MOVES = ("arg_extreme", "order", "sample_nearest", "unfold")
 """Operators that do not compute with codes: no zero points."""
 
@@ -85,7 +84,9 @@ def neighbours(draw: Draw, size: int, taps: int, bits: int) -> torch.Tensor:
     """Which elements, and their weights: some negative, some none."""
     count, one = draw.integer(1, 3), 1 << bits
     indices = [draw.integers(count, 0, size - 1) for _ in range(taps)]
-    weights = [[draw.one_of(0, one, one // 2, -one // 8, draw.integer(0, one)) for _ in range(count)] for _ in range(taps)]
+    weights = [
+        [draw.one_of(0, one, one // 2, -one // 8, draw.integer(0, one)) for _ in range(count)] for _ in range(taps)
+    ]
     return torch.tensor([indices, weights], dtype=draw.one_of(torch.int32, torch.int64))
 
 

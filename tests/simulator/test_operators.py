@@ -218,7 +218,9 @@ def sampled(
     x = call("resize", x, None, table, table, factor, grid_shift, **BILINEAR)
     pixels = constant("pixel_shift", torch.tensor(17))
     positions = call("requantize", x, factor, pixels, None, **{**SINGLE, **INT32})
-    positions = torch_call(x.graph, torch.stack, [torch_call(x.graph, torch.select, positions, 1, i) for i in (0, 1)], -1)
+    positions = torch_call(
+        x.graph, torch.stack, [torch_call(x.graph, torch.select, positions, 1, i) for i in (0, 1)], -1
+    )
     x = call("sample_bilinear", x, positions, factor, grid_shift, **place, **BILINEAR)
     x = call("sample_nearest", x, positions, **place)
     ranks = call("order", x, dim=1, descending=True, count=4)

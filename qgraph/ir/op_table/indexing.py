@@ -6,7 +6,7 @@ Indices are integers, not codes: results that are indices have `QuantRule.PLAIN`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,7 +121,10 @@ EMBEDDING = define(
                 unless=lambda given, named: named.get("max_norm") is not None or any(n is not None for n in given[3:4]),
             ),
         ),
-        (torch.embedding, args("weight input padding_idx scale_grad_by_freq sparse", ignored="scale_grad_by_freq sparse")),
+        (
+            torch.embedding,
+            args("weight input padding_idx scale_grad_by_freq sparse", ignored="scale_grad_by_freq sparse"),
+        ),
     ),
     modules=(nn.Embedding,),
     parameters=("weight",),

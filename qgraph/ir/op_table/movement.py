@@ -152,9 +152,9 @@ COPY_TO = define(
     in_place=(("copy_", args("input other non_blocking", ignored="non_blocking")),),
 )
 _PADS = {"pad": "padding"}
-_MIRRORED = {"pad": "padding", "mode": Fixed("reflect")}
-_REPEATED = {"pad": "padding", "mode": Fixed("replicate")}
-_CIRCULAR = {"pad": "padding", "mode": Fixed("circular")}
+_MIRRORED: dict[str, str | Fixed] = {"pad": "padding", "mode": Fixed("reflect")}
+_REPEATED: dict[str, str | Fixed] = {"pad": "padding", "mode": Fixed("replicate")}
+_CIRCULAR: dict[str, str | Fixed] = {"pad": "padding", "mode": Fixed("circular")}
 _CONSTANT_PADS = {"pad": "padding", "value": "value"}
 PAD = define(
     "pad",
