@@ -21,7 +21,6 @@ from qgraph.lowering.base import (
     Lowering,
     LoweringContext,
     batch_is_free,
-    bounds,
     register_lowering,
     shape_of,
     spatial,
@@ -138,9 +137,9 @@ class FoldLowering(Lowering):
 
 def _summed(name: str, node: fx.Node, x: fx.Node, ctx: LoweringContext, **options: Any) -> fx.Node:
     result = ctx.qparams(node)
-    real = ctx.ratio(ctx.qparams(x), result=result)
+    real = ctx.ratio(node, ctx.qparams(x))
     multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-    options |= {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
+    options |= {"arithmetic": str(arithmetic), **ctx.bounds(result), **ctx.zeros(node, x=x)}
     return ctx.integer(name, x, multiplier, shift, like=node, **options)
 
 

@@ -20,7 +20,7 @@ from qgraph.errors import QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
 from qgraph.ir.values import TensorSpec
-from qgraph.lowering.base import Lowering, LoweringContext, bounds, register_lowering, shape_of
+from qgraph.lowering.base import Lowering, LoweringContext, register_lowering, shape_of, sum_rule
 from qgraph.lowering.indexing import outside
 from qgraph.lowering.windows import AdaptiveAvgPoolLowering, InterpolateLowering, _steps
 from qgraph.numerics import QParams, qint16, qint32
@@ -61,9 +61,9 @@ class ResizeLowering(InterpolateLowering):
         for axis, ((size_in, size_out), step) in enumerate(zip(sizes, steps, strict=True), start=3 - len(sizes)):
             table = _table(mode, antialias, size_in, size_out, step, bool(bound.option("align_corners")))
             tables[axis] = ctx.tensor(node, _EDGES[axis], _in_integers(*table, bits))
-        real = ctx.ratio(ctx.qparams(x), result=result) / 2.0 ** (len(sizes) * bits)
+        real = ctx.ratio(node, ctx.qparams(x)) / 2.0 ** (len(sizes) * bits)
         multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
-        options = {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
+        options = {"arithmetic": str(arithmetic), **ctx.bounds(result), **ctx.zeros(node, x=x)}
         return ctx.integer("resize", x, *tables, multiplier, shift, like=node, **options)
 
 
@@ -176,9 +176,9 @@ class GridSampleLowering(Lowering):
         if bound.option("mode") == "nearest":
             options |= outside(ctx.qparams(x))
             return ctx.integer("sample_nearest", x, positions, like=node, result=ctx.qparams(x), **options)
-        real = ctx.ratio(ctx.qparams(x), result=result) / 2.0 ** (2 * bits)
+        real = ctx.ratio(node, ctx.qparams(x)) / 2.0 ** (2 * bits)
         multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
-        options |= {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
+        options |= {"arithmetic": str(arithmetic), **ctx.bounds(result), **ctx.zeros(node, x=x)}
         return ctx.integer("sample_bilinear", x, positions, multiplier, shift, like=node, **options)
 
 
@@ -190,7 +190,7 @@ def _positions(
     edges = torch.tensor([size[1], size[0]], dtype=torch.float64)
     reach = (edges - 1) / 2 if align else edges / 2
     arithmetic = ctx.step(node, "sum")
-    factor = arithmetic.rule.encode_sum((source.scale.double() * reach * 2.0**bits).unsqueeze(0))
+    factor = sum_rule(arithmetic).encode_sum((source.scale.double() * reach * 2.0**bits).unsqueeze(0))
     multiplier, offset = factor.multiplier[0], (edges - 1) / 2 * 2.0**bits
     if factor.shift is None:
         offset = offset.to(torch.float32)
@@ -198,7 +198,7 @@ def _positions(
         offset = torch.round(torch.ldexp(offset, factor.shift.double())).to(torch.int64)
     shift = None if factor.shift is None else ctx.tensor(node, "position_shift", factor.shift)
     stored = (ctx.tensor(node, "position_multiplier", multiplier), shift, ctx.tensor(node, "position_offset", offset))
-    word = {"arithmetic": str(arithmetic), **bounds(result), **({"x_zero": source.zero} if source.zero else {})}
+    word = {"arithmetic": str(arithmetic), **ctx.bounds(result), **({"x_zero": source.zero} if source.zero else {})}
     positions = ctx.integer("requantize", grid, *stored, like=node, result=result, **word)
     value = info(grid).value
     shape = value.shape if isinstance(value, TensorSpec) else ()

@@ -70,6 +70,29 @@ TRANSPOSE = _move(
         (torch.t, args("input", dim0=0, dim1=1)),
     ),
 )
+MOVEDIM = _move(
+    "movedim",
+    torch.movedim,
+    lambda input, source, destination: None,
+    spelled=(torch.moveaxis, "movedim", "moveaxis"),
+)
+REPEAT_INTERLEAVE = _move(
+    "repeat_interleave",
+    torch.repeat_interleave,
+    lambda input, repeats, dim=None, output_size=None: None,
+    spelled=(("repeat_interleave", args("input repeats dim output_size")),),
+)
+EXPAND_AS = define(
+    "expand_as",
+    OpKind.MOVE,
+    lambda input, other: None,
+    "input other",
+    target=torch.Tensor.expand_as,
+    spelled=("expand_as",),
+    plain=("other",),  # read for its shape
+    quant=QuantRule.SAME,
+    lowering="move",
+)
 SQUEEZE = _move(
     "squeeze",
     torch.squeeze,
