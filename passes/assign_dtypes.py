@@ -9,17 +9,18 @@ computed differently yet, except that an operand in the wrong format gets a stub
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
 from qgraph.errors import QuantizationError
-from qgraph.ir.arguments import bind, quant_rule
+from qgraph.ir.arguments import coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.node_info import NodeInfo, SitePlan, info, module_of, where
 from qgraph.ir.op import OpKind, QuantRule
 from qgraph.ir.op_table import DEQUANT_STUB, FUSABLE, ITEM, QUANT_STUB
 from qgraph.ir.stage import Stage
+from qgraph.ir.values import holds_floats
 from qgraph.nn import QuantStub
 from qgraph.numerics import Format, QType, Scheme, qint8, qint16
 from qgraph.pipeline import Pass, PassContext, PassResult
@@ -81,7 +82,8 @@ class _Planner:
         if not operands:
             return
         if record.op is ITEM or quant_rule(node) is QuantRule.SAME:
-            self.formats[node] = self.formats[operands[0][1]]
+            if holds_floats(record.value):
+                self.formats[node] = self.formats[operands[0][1]]
         elif quant_rule(node) is QuantRule.OWN:
             self._plan(node, tuple(operands))
 
@@ -210,5 +212,4 @@ def _operands(node: fx.Node) -> list[tuple[str, fx.Node]]:
         return [("value", node.all_input_nodes[0])]
     if info(node).op.kind is OpKind.OPAQUE:
         return []
-    found: list[tuple[str, Any]] = list(bind(node).nodes())
-    return found
+    return coded_operands(node)

@@ -207,11 +207,10 @@ def quant_rule(node: fx.Node) -> QuantRule:
     return rule if isinstance(rule, QuantRule) else rule(bind(node).values)
 
 
-def operand_values(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's operands, in order; all input nodes where the operator is unknown."""
-    if info(node).op is OPAQUE:
-        return list(node.all_input_nodes)
-    return [value for _, value in bind(node).nodes()]
+def coded_operands(node: fx.Node) -> list[tuple[str, fx.Node]]:
+    """Name and node of the operands that hold codes in an integer graph: all but masks and indices."""
+    bound = bind(node)
+    return [(name, value) for name, value in bound.nodes() if name not in bound.op.plain]
 
 
 def weight_of(node: fx.Node) -> torch.Tensor | None:
