@@ -39,6 +39,7 @@ from qgraph.numerics.requantize import (
     parse_rule,
 )
 from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_shift_right
+from qgraph.numerics.segment_tables import SegmentForm, SegmentTable, build_segments, lookup_segments
 from qgraph.numerics.tables import build_table, check_intervals, lookup
 
 __all__ = [
@@ -55,8 +56,11 @@ __all__ = [
     "Rounding",
     "ScaleForm",
     "Scheme",
+    "SegmentForm",
+    "SegmentTable",
     "as_format",
     "bias_codes",
+    "build_segments",
     "build_table",
     "check_intervals",
     "choose_qparams",
@@ -67,6 +71,7 @@ __all__ = [
     "float16",
     "float32",
     "lookup",
+    "lookup_segments",
     "parse_arithmetic",
     "parse_format",
     "parse_qtype",

@@ -44,18 +44,26 @@ def build_table(
         UserError: `entries` is no power of two below the number of codes, or there are scales per channel.
     """
     qtype = source.qtype
-    if source.per_channel or result.per_channel:
-        raise UserError("a table has one scale for its input and one for its result", fix="observe per tensor")
     if entries is not None:
         check_intervals(entries, qtype)
     step = 1 if entries is None else (1 << qtype.bits) // entries
     # Interpolation needs the entry at qmax + 1, which is a real number though not a code.
     codes = torch.arange(qtype.qmin, qtype.qmax + (1 if step == 1 else 2), step, dtype=torch.float64)
+    return quantize(evaluated(function, codes, source, result), result)
+
+
+def evaluated(function: ScalarFunction, codes: torch.Tensor, source: QParams, result: QParams) -> torch.Tensor:
+    """`function` at `codes` (float64, any shape): float32 of the same shape, without infinities and NaN.
+
+    Raises:
+        UserError: there are scales per channel.
+    """
+    if source.per_channel or result.per_channel:
+        raise UserError("a table has one scale for its input and one for its result", fix="observe per tensor")
     zero_point = source.zero_points().to(codes)
     values = function((codes - zero_point) * source.scale.to(codes))
     limit = torch.finfo(torch.float32).max
-    values = torch.nan_to_num(values, nan=0.0, posinf=limit, neginf=-limit)
-    return quantize(values.clamp(-limit, limit), result)
+    return torch.nan_to_num(values, nan=0.0, posinf=limit, neginf=-limit).clamp(-limit, limit).to(torch.float32)
 
 
 def check_intervals(intervals: int, source: QType) -> None:

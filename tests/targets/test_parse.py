@@ -89,8 +89,8 @@ def test_everything_a_file_says_is_read() -> None:
     assert target.residual is True
     assert str(target.quantize_rule) == "divide:half_away"
     assert target.factor_dtype is torch.float32
-    assert target.table_entries(qint8) is None
-    assert target.table_entries(qint16) == 1024
+    assert target.table_form(qint8) is None
+    assert target.table_form(qint16) == 1024
     assert target.weight_bits == 8
     assert str(target.step("product")) == "int32:wrap/fixed_point:24:half_even"
     assert list(target.ops) == ["conv2d", "linear", "add"]
@@ -129,7 +129,7 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         small().step("produkt")
     assert "did you mean 'product'?" in str(raised.value)
     with pytest.raises(TargetError, match="has no function tables for int32"):
-        small().table_entries(qint32)
+        small().table_form(qint32)
 
 
 @pytest.mark.parametrize(
