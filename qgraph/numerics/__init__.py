@@ -40,7 +40,7 @@ from qgraph.numerics.requantize import (
 )
 from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_shift_right
 from qgraph.numerics.segment_tables import SegmentForm, SegmentTable, build_segments, lookup_segments
-from qgraph.numerics.tables import build_table, check_intervals, lookup
+from qgraph.numerics.tables import build_steps, build_table, check_intervals, lookup
 
 __all__ = [
     "RECIPROCAL",
@@ -61,6 +61,7 @@ __all__ = [
     "as_format",
     "bias_codes",
     "build_segments",
+    "build_steps",
     "build_table",
     "check_intervals",
     "choose_qparams",

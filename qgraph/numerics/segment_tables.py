@@ -171,7 +171,7 @@ def _by_error(exact: torch.Tensor, fine: torch.Tensor, widest: int, form: Segmen
         return -largest[index], -differing[index], start, shift
 
     leaves = [ranked(0, widest)]
-    done = []
+    done: list[tuple[int, int, int, int]] = []
     while leaves and len(leaves) + len(done) < form.segments:
         largest, _, start, shift = worst = heapq.heappop(leaves)
         if largest == 0 or shift == 0:

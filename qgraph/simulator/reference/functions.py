@@ -1,4 +1,4 @@
-"""Reference kernels of functions of one value: segment tables, steps, and lines of two slopes."""
+"""Reference kernels of functions of one value, and of comparisons: tables, steps, lines of two slopes, masks."""
 
 from __future__ import annotations
 
@@ -49,8 +49,26 @@ def prelu(
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """`saturate(rescale(x))` by one factor where `x` is not negative, by another where it is."""
-    codes = wide(x) - x_zero
+    codes = wide(x, x_zero)
     below = codes < 0
     factors = torch.where(below, negative_multiplier, multiplier)
     shifts = None if shift is None or negative_shift is None else torch.where(below, negative_shift, shift)
-    return requantized(codes, factors, shifts, arithmetic, low, high, format, trace, zero)
+    return requantized(codes, factors, shifts, arithmetic, low, high, format, zero, trace)
+
+
+_RELATIONS = {"gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le, "eq": torch.eq, "ne": torch.ne}
+
+
+def compare(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    multiplier_x: torch.Tensor,
+    multiplier_y: torch.Tensor,
+    *,
+    relation: str,
+    x_zero: int = 0,
+    y_zero: int = 0,
+    trace: KernelTrace | None = None,
+) -> torch.Tensor:
+    """Where `x * Mx` stands in `relation` (`gt`, `ge`, ...) to `y * My`: bool, operands broadcast."""
+    return _RELATIONS[relation](wide(x, x_zero) * wide(multiplier_x), wide(y, y_zero) * wide(multiplier_y))
