@@ -158,7 +158,7 @@ _POWERS = {0.5: ops.SQRT, -0.5: ops.RSQRT, -1: ops.RECIPROCAL}
 def _power(node: fx.Node, edit: Editor) -> bool:
     """`x ** 2` becomes `x * x`, roots and reciprocals the functions torch itself calls for them."""
     bound = bind(node)
-    x, exponent = bound.operand("input"), 2 if bound.op is ops.SQUARE else bound.operand("exponent")
+    x, exponent = bound.operand("input"), bound.operand("exponent")
     if not isinstance(x, fx.Node) or isinstance(exponent, fx.Node) or not _computes_in_float(x):
         return False
     if exponent == 2:
@@ -181,6 +181,5 @@ _SPECIAL: dict[Op, Callable[[fx.Node, Editor], bool]] = {
     ops.ADD: _number_first,
     ops.MUL: _number_first,
     ops.POW: _power,
-    ops.SQUARE: _power,
     **dict.fromkeys(WEIGHTED, as_plain_module),
 }

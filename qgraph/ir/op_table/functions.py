@@ -77,12 +77,6 @@ LOGIT = _function(
     spelled=(torch.special.logit, aten.logit.default, "logit"),
     in_place=("logit_", torch.logit_),
 )
-SQUARE = _function(
-    "square",
-    torch.square,
-    spelled=(aten.square.default, "square"),
-    in_place=("square_", torch.square_),
-)
 MISH = _function("mish", F.mish, spelled=((F.mish, _ACTIVATION), aten.mish.default), modules=(nn.Mish,))
 ELU = _function(
     "elu",
@@ -137,6 +131,7 @@ SOFTSHRINK = _function(
 
 
 _RAISED = Spelling(("exponent", "input"))
+_SQUARED = args("input", exponent=2)
 POW = define(
     "pow",
     OpKind.TABLE,
@@ -150,8 +145,11 @@ POW = define(
         "pow",
         "__pow__",
         ("__rpow__", _RAISED),
+        (torch.square, _SQUARED),
+        (aten.square.default, _SQUARED),
+        ("square", _SQUARED),
     ),
-    in_place=("pow_", "__ipow__", operator.ipow),
+    in_place=("pow_", "__ipow__", operator.ipow, ("square_", _SQUARED), (torch.square_, _SQUARED)),
     quant=QuantRule.OWN,
     lowering="pow",
     shape=ShapeRule.BROADCAST,
