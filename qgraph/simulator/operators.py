@@ -14,6 +14,7 @@ import torch
 
 from qgraph.ir.integer import NAMESPACE
 from qgraph.numerics import RECIPROCAL, parse_qtype
+from qgraph.simulator import function_operators
 from qgraph.simulator.reference import KERNELS
 from qgraph.simulator.reference.windows import max_pool_size
 
@@ -41,13 +42,6 @@ SCHEMAS: dict[str, str] = {
     "reduce_sum": f"(Tensor x, Tensor multiplier, Tensor? shift, *, int[] dims, bool keepdim, {_BOUNDS}) -> Tensor",
     "resize_bilinear": "(Tensor x, Tensor rows, Tensor columns, Tensor multiplier, Tensor? shift, *, "
     f"int weight_bits, {_BOUNDS}) -> Tensor",
-    "lookup_segments": "(Tensor x, Tensor entries, Tensor starts, Tensor shifts, *, str source, int fraction_bits, "
-    "str format) -> Tensor",
-    "lookup_steps": "(Tensor x, Tensor thresholds, Tensor values) -> Tensor",
-    "prelu": "(Tensor x, Tensor multiplier, Tensor? shift, Tensor negative_multiplier, Tensor? negative_shift, *, "
-    f"{_BOUNDS}) -> Tensor",
-    "compare": "(Tensor x, Tensor y, Tensor multiplier_x, Tensor multiplier_y, *, str relation, int x_zero=0, "
-    "int y_zero=0) -> Tensor",
 }
 
 
@@ -106,10 +100,6 @@ FAKES: dict[str, Any] = {
     "resize_bilinear": lambda x, rows, columns, *_, format, **__: _like(
         x, [*x.shape[:2], rows.shape[1], columns.shape[1]], format
     ),
-    "lookup_segments": lambda x, *_, format, **__: _like(x, x.shape, format),
-    "lookup_steps": lambda x, thresholds, values: x.new_empty(x.shape, dtype=values.dtype),
-    "prelu": lambda x, *_, format, **__: _like(x, x.shape, format),
-    "compare": lambda x, y, *_, **__: x.new_empty(torch.broadcast_shapes(x.shape, y.shape), dtype=torch.bool),
 }
 
 
@@ -141,5 +131,7 @@ def define_operator(name: str, schema: str, kernel: Callable[..., torch.Tensor],
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
+SCHEMAS |= function_operators.SCHEMAS
+FAKES |= function_operators.FAKES
 for _name, _schema in SCHEMAS.items():
     define_operator(_name, _schema, KERNELS[_name], FAKES[_name])

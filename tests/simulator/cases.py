@@ -518,11 +518,19 @@ CASES: dict[str, Callable[[Draw], Case]] = {
 }
 
 
+from tests.simulator.function_cases import FUNCTION_CASES, LOOKUPS  # noqa: E402 - draws with the classes above
+
+CASES |= FUNCTION_CASES
+
+
 # --- zero points ---------------------------------------------------------------------------------------------------
 
-RESULT_ZERO = tuple(name for name in CASES if name not in ("dequantize", "clamp", "lookup", "max_pool"))
+RESULT_ZERO = tuple(
+    name for name in CASES if name not in ("dequantize", "clamp", "lookup", "max_pool", "compare", *LOOKUPS)
+)
 OPERAND_ZEROS = {"add": ("x", "y"), "mul": ("x", "y"), "matmul": ("x", "y"), "conv": ("x", "residual")}
 OPERAND_ZEROS |= {"linear": ("x", "residual"), "quantize": (), "clamp": (), "lookup": (), "max_pool": ()}
+OPERAND_ZEROS |= {"compare": ("x", "y"), **dict.fromkeys(LOOKUPS, ())}
 FORMATS = {dtype: name for name, dtype in STORAGE.items()}
 
 

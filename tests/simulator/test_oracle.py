@@ -24,7 +24,7 @@ INT8 = {"low": -128, "high": 127, "format": "int8"}
 INT32 = {"low": -(2**31), "high": 2**31 - 1, "format": "int32"}
 ARITHMETIC = sorted(
     {"requantize", "conv", "linear", "matmul", "add", "mul", "resize_bilinear"}
-    | {"avg_pool", "adaptive_avg_pool", "reduce_sum"}
+    | {"avg_pool", "adaptive_avg_pool", "reduce_sum", "prelu"}
 )
 ACCUMULATING = sorted(set(ARITHMETIC) - {"requantize", "add"})
 
@@ -35,7 +35,13 @@ def result_dtype(case: Case) -> torch.dtype:
     first, second = case.arguments[0], case.arguments[-1]
     assert first is not None
     assert second is not None
-    return {"dequantize": torch.float32, "lookup": second.dtype, "max_pool": first.dtype}[case.operator]
+    return {
+        "dequantize": torch.float32,
+        "compare": torch.bool,
+        "lookup": second.dtype,
+        "lookup_steps": second.dtype,
+        "max_pool": first.dtype,
+    }[case.operator]
 
 
 def check(case: Case, expected: np.ndarray | None = None, counts: Counts | None = None) -> None:
