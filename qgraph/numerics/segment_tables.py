@@ -141,7 +141,7 @@ def lookup_segments(
             f"{entries.numel()} entries do not make {starts.numel()} segments",
             fix="give every segment the same number of entries, and one entry past the end",
         )
-    offset = codes.to(torch.int64) - source.qmin
+    offset = codes.to(torch.int64).contiguous() - source.qmin
     segment = torch.searchsorted(starts.to(torch.int64), offset, right=True) - 1
     shift = shifts.to(torch.int64)[segment]
     within = offset - starts.to(torch.int64)[segment]

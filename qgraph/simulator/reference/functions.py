@@ -30,7 +30,7 @@ def lookup_steps(
     x: torch.Tensor, thresholds: torch.Tensor, values: torch.Tensor, *, trace: KernelTrace | None = None
 ) -> torch.Tensor:
     """`values[n]`, where `n` of the rising `thresholds` are not above the code."""
-    return values[torch.searchsorted(wide(thresholds), wide(x).contiguous(), right=True)]
+    return torch.take(values, torch.searchsorted(wide(thresholds), wide(x).contiguous(), right=True))
 
 
 def prelu(
