@@ -200,6 +200,29 @@ def test_quantize(values: list[float], scale: float, name: str) -> None:
     check(Case("quantize", (torch.tensor(values), torch.tensor(scale)), {"format": name}))
 
 
+RELATIONS = st.sampled_from(["gt", "ge", "lt", "le", "eq", "ne"])
+
+
+@SEARCH
+@given(
+    codes=CODES, rule=SINGLE_RULES, up=MULTIPLIERS, down=MULTIPLIERS, shifts=st.tuples(SHIFTS, SHIFTS), output=OUTPUTS
+)
+def test_two_slopes(
+    codes: list[int], rule: str, up: int, down: int, shifts: tuple[int, int], output: dict[str, Any]
+) -> None:
+    x = torch.tensor(codes, dtype=torch.int32)
+    word = {"arithmetic": f"int32:wrap/{rule}", **output}
+    check_if_narrow(Case("prelu", (x, scalar(up), scalar(shifts[0]), scalar(down), scalar(shifts[1])), word))
+
+
+@SEARCH
+@given(x=CODES, y=CODES, mx=st.integers(0, 2**31 - 1), my=st.integers(0, 2**31 - 1), relation=RELATIONS)
+def test_compared_products(x: list[int], y: list[int], mx: int, my: int, relation: str) -> None:
+    left, right = (torch.tensor(codes[: min(len(x), len(y))], dtype=torch.int32) for codes in (x, y))
+    check(Case("compare", (left, right, scalar(mx), scalar(my)), {"relation": relation}))
+    check(Case("compare", (left, left, scalar(mx), scalar(mx)), {"relation": relation}))
+
+
 # --- whole ranges --------------------------------------------------------------------------------------------------
 
 
