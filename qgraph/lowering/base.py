@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.errors import InternalError, UserError, did_you_mean
+from qgraph.errors import InternalError, QuantizationError, UserError, did_you_mean
 from qgraph.ir.arguments import coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.integer import integer_operator
@@ -23,7 +23,17 @@ from qgraph.ir.op_table import OPAQUE
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.text import called_name
 from qgraph.ir.values import TensorSpec
-from qgraph.numerics import Arithmetic, Factor, QParams, QType, RequantizeRule
+from qgraph.numerics import (
+    RECIPROCAL,
+    Arithmetic,
+    EngineSum,
+    Factor,
+    QParams,
+    QType,
+    QuantizeRule,
+    RequantizeRule,
+    Rule,
+)
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -96,14 +106,19 @@ class LoweringContext:
         """The target's arithmetic of a named step of `node`'s operator."""
         return self.target.step(name, info(node).op.name)
 
-    def ratio(self, *operands: QParams | torch.Tensor, result: QParams) -> torch.Tensor:
-        """`s1 * s2 * ... / s`, in the target's precision of factors, as float64."""
-        dtype = self.target.factor_dtype
-        scales = [(o.scale if isinstance(o, QParams) else o).to(dtype) for o in operands]
-        total = scales[0]
-        for scale in scales[1:]:
-            total = total * scale
-        return (total / result.scale.to(dtype)).double()
+    def ratio(
+        self, node: fx.Node, *operands: QParams | torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`s1 * s2 * ... / (s * divisor)`, `s` the scale of `node`'s result, as the target computes it; float64."""
+        scales = [operand.scale if isinstance(operand, QParams) else operand for operand in operands]
+        result = self.qparams(node).scale
+        if divisor is not None:
+            result = result.to(divisor.dtype) * divisor
+        return self.target.factor(info(node).op.name, *scales, result=result)
+
+    def bounds(self, result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+        """As `bounds`, with the target's way to quantize."""
+        return bounds(result, low, high, self.target.quantize_rule)
 
     def rescale(self, like: fx.Node, real: torch.Tensor, step: str) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
         """Nodes for one real factor (float64) under the target's arithmetic of `step`."""
@@ -112,24 +127,31 @@ class LoweringContext:
         return multiplier, shift, arithmetic
 
 
-def encode_saturating(rule: RequantizeRule, factor: torch.Tensor, result: QType) -> Factor:
+def encode_saturating(rule: Rule, factor: torch.Tensor, result: QType) -> Factor:
     """What the device stores for a factor whose product is saturated to `result`.
 
     A factor beyond the result's range takes zero to zero and all else to saturation, and so does the largest factor
     the device can store. Such factors arise where a result is far smaller than its operands, as a mean of normalized
     values is.
     """
+    if isinstance(rule, EngineSum):
+        raise UserError(f"{rule} rescales sums of two terms only", fix="give this operator another word")
     beyond = rule.largest > 2.0 * (1 << result.bits)
     return rule.encode(factor.clamp(-rule.largest, rule.largest) if beyond else factor)
 
 
-def bounds(result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-    """The bounds and format options of an operator whose result is also limited to the reals [low, high]."""
+def bounds(
+    result: QParams, low: float | None = None, high: float | None = None, rule: QuantizeRule = RECIPROCAL
+) -> dict[str, Any]:
+    """The bounds and format options of an operator whose result is also limited to the reals [low, high].
+
+    `rule` quantizes these reals.
+    """
     qtype = result.qtype
     limits = {"low": qtype.qmin, "high": qtype.qmax}
     for name, value in (("low", low), ("high", high)):
         if value is not None and abs(value) != float("inf"):
-            code = torch.round(torch.tensor(value, dtype=torch.float32) * (1.0 / result.scale)).item() + result.zero
+            code = rule.steps(torch.tensor(value, dtype=torch.float32), result.scale.cpu()).item() + result.zero
             limits[name] = int(min(max(code, qtype.qmin), qtype.qmax))
     return {**limits, "format": str(qtype)}
 
@@ -176,6 +198,24 @@ def batch_is_free(node: fx.Node) -> bool:
     """Whether the graph serves any batch size, so that dimension 0 must not enter a constant."""
     owner = node.graph.owning_module
     return isinstance(owner, fx.GraphModule) and graph_info(owner).batch_fixed is None
+
+
+def sum_rule(arithmetic: Arithmetic) -> RequantizeRule:
+    """The rule of a sum of any terms.
+
+    Raises:
+        QuantizationError: the target only knows one engine's sum of two.
+    """
+    if not isinstance(arithmetic.rule, RequantizeRule):
+        raise QuantizationError(
+            f"{arithmetic.rule} defines no sum of several terms", fix="leave this operator in float"
+        )
+    return arithmetic.rule
+
+
+def adds_constants(target: Target, op: str) -> bool:
+    """Whether the target can add a constant where it rescales, as `x * w + b` needs."""
+    return isinstance(target.step("sum", op).rule, RequantizeRule)
 
 
 LOWERINGS: dict[str, Lowering] = {}

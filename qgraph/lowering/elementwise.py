@@ -22,13 +22,15 @@ from qgraph.ir.op_table import DIV, RELU6, SUB
 from qgraph.lowering.base import (
     Lowering,
     LoweringContext,
+    adds_constants,
     bounds,
     coded,
     encode_saturating,
     is_number,
     register_lowering,
+    sum_rule,
 )
-from qgraph.numerics import QParams
+from qgraph.numerics import EngineSum, QParams, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -43,7 +45,19 @@ class SumLowering(Lowering):
         operands = [bound.operand(name) for name in bound.op.operands]
         if not is_number(bound.option("alpha")):
             return no("alpha is computed in the forward", node)
+        rule = target.step("sum", bound.op.name).rule
+        if isinstance(rule, EngineSum):
+            return self._engine_supports(node, operands, rule, target)
         return _number_or_node(node, operands)
+
+    def _engine_supports(self, node: fx.Node, operands: list[Any], rule: EngineSum, target: Target) -> Verdict:
+        if not all(isinstance(operand, fx.Node) for operand in operands):
+            return no(f"{target.name} adds no numbers to codes", node)
+        if bind(node).option("alpha") != 1:
+            return no(f"{target.name} scales no operand of a sum", node)
+        if info(node).op is SUB and not rule.subtracts:
+            return no(f"{target.name} has no subtraction", node)
+        return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
@@ -54,23 +68,40 @@ class SumLowering(Lowering):
             one = torch.tensor(signs[1 - number], dtype=torch.float64)
             shift = torch.tensor(signs[number] * operands[number], dtype=torch.float64)
             return lower_affine(node, operands[1 - number], one, shift, ctx)
-        result, arithmetic = ctx.qparams(node), ctx.step(node, "sum")
-        reals = [ctx.ratio(ctx.qparams(operand), result=result) * s for operand, s in zip(operands, signs, strict=True)]
-        factor = arithmetic.rule.encode_sum(torch.stack(reals))
-        multipliers = [
-            ctx.tensor(node, f"multiplier_{name}", factor.multiplier[i]) for i, name in enumerate(("x", "y"))
-        ]
-        shift_node = None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)
+        arithmetic = ctx.step(node, "sum")
+        if isinstance(arithmetic.rule, EngineSum):
+            factors = _engine_factors(node, operands, sign, arithmetic.rule, ctx)
+        else:
+            factors = _common_shift(node, operands, signs, sum_rule(arithmetic), ctx)
         return ctx.integer(
             "add",
             *operands,
-            *multipliers,
-            shift_node,
+            *factors,
             like=node,
             arithmetic=str(arithmetic),
-            **bounds(result),
+            **bounds(ctx.qparams(node)),
             **ctx.zeros(node, x=operands[0], y=operands[1]),
         )
+
+
+def _common_shift(
+    node: fx.Node, operands: list[Any], signs: list[float], rule: RequantizeRule, ctx: LoweringContext
+) -> list[fx.Node | None]:
+    """Nodes for both multipliers and the shift of a sum that is rounded once."""
+    reals = [ctx.ratio(node, ctx.qparams(operand)) * s for operand, s in zip(operands, signs, strict=True)]
+    factor = rule.encode_sum(torch.stack(reals))
+    multipliers = [ctx.tensor(node, f"multiplier_{name}", factor.multiplier[i]) for i, name in enumerate(("x", "y"))]
+    return [*multipliers, None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)]
+
+
+def _engine_factors(
+    node: fx.Node, operands: list[Any], sign: float, rule: EngineSum, ctx: LoweringContext
+) -> list[fx.Node | None]:
+    """Nodes for what an engine stores for a sum of two."""
+    x, y = (ctx.qparams(operand) for operand in operands)
+    found = rule.encode(x.scale, y.scale, ctx.qparams(node).scale, sign, x.qtype.bits)
+    tensors = {"multiplier_x": found.x, "multiplier_y": found.y, "shift": found.shift, "multiplier": found.result}
+    return [None if tensor is None else ctx.tensor(node, name, tensor) for name, tensor in tensors.items()]
 
 
 class ProductOfValuesLowering(Lowering):
@@ -93,7 +124,7 @@ class ProductOfValuesLowering(Lowering):
             factor = 1.0 / factor if info(node).op is DIV else factor
             return lower_affine(node, x, factor, None, ctx)
         result = ctx.qparams(node)
-        real = ctx.ratio(ctx.qparams(x), ctx.qparams(y), result=result)
+        real = ctx.ratio(node, ctx.qparams(x), ctx.qparams(y))
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
         options = {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x, y=y)}
         return ctx.integer("mul", x, y, multiplier, shift, like=node, **options)
@@ -101,6 +132,11 @@ class ProductOfValuesLowering(Lowering):
 
 class AffineLowering(Lowering):
     """A scale and shift per channel: multiplier and offset of one rescaling."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        if not adds_constants(target, info(node).op.name):
+            return no(f"{target.name} adds no constants where it rescales", node)
+        return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         module: Any = module_of(node)
@@ -114,7 +150,7 @@ class ReluLowering(Lowering):
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         x = bind(node).operand("input")
         source = ctx.qparams(x)
-        return ctx.integer("clamp", x, like=node, result=source, **bounds(source, low=0.0))
+        return ctx.integer("clamp", x, like=node, result=source, **ctx.bounds(source, low=0.0))
 
 
 class ClampLowering(Lowering):
@@ -151,12 +187,12 @@ def lower_affine(
     result = ctx.qparams(node)
     scale = result.scale.double()
     real = weight * ctx.qparams(x).scale.double() / scale
-    limits = {**bounds(result, low, high), **ctx.zeros(node, x=x)}
+    limits = {**ctx.bounds(result, low, high), **ctx.zeros(node, x=x)}
     if bias is None:
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
         return ctx.integer("requantize", x, multiplier, shift, None, like=node, arithmetic=str(arithmetic), **limits)
     arithmetic = ctx.step(node, "sum")
-    factor = arithmetic.rule.encode_sum(real.unsqueeze(0))
+    factor = sum_rule(arithmetic).encode_sum(real.unsqueeze(0))
     multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])
     offset = bias / scale
     shift_node = None
@@ -185,7 +221,8 @@ def requantized_to(x: fx.Node, result: QParams, like: fx.Node, ctx: LoweringCont
     if source.same_as(result):
         return x
     arithmetic = ctx.step(like, "rescale")
-    factor = encode_saturating(arithmetic.rule, ctx.ratio(source, result=result), result.qtype)
+    real = ctx.target.factor("quant_stub", source.scale, result=result.scale)
+    factor = encode_saturating(arithmetic.rule, real, result.qtype)
     multiplier = ctx.tensor(like, f"{role}_multiplier", factor.multiplier)
     shift = None if factor.shift is None else ctx.tensor(like, f"{role}_shift", factor.shift)
     zeros = {name: zero for name, zero in (("x_zero", source.zero), ("zero", result.zero)) if zero}

@@ -25,7 +25,6 @@ from qgraph.ir.op_table import ABS, is_sentinel
 from qgraph.lowering.base import (
     Lowering,
     LoweringContext,
-    bounds,
     encode_saturating,
     is_number,
     register_lowering,
@@ -114,7 +113,7 @@ class WhereLowering(Lowering):
     def _codes(self, name: str, value: Any, result: QParams, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         if isinstance(value, fx.Node):
             return requantized_to(value, result, node, ctx, name)
-        return ctx.tensor(node, name, torch.tensor(fill_code(value, result), dtype=result.qtype.storage))
+        return ctx.tensor(node, name, torch.tensor(fill_code(value, result, ctx), dtype=result.qtype.storage))
 
 
 class MaskedFillLowering(Lowering):
@@ -129,16 +128,16 @@ class MaskedFillLowering(Lowering):
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound, result = bind(node), ctx.qparams(node)
         x = requantized_to(bound.operand("input"), result, node, ctx, "input")
-        ctx.edit.set_arguments(node, (x, bound.operand("mask"), fill_code(bound.operand("value"), result)), {})
+        ctx.edit.set_arguments(node, (x, bound.operand("mask"), fill_code(bound.operand("value"), result, ctx)), {})
         ctx.moved(node, node, result)
         return node
 
 
-def fill_code(value: float, result: QParams) -> int:
+def fill_code(value: float, result: QParams, ctx: LoweringContext) -> int:
     """The code of a fill; the lowest or highest one for a fill beyond every value."""
     if is_sentinel(value):
         return result.qtype.qmin if value < 0 else result.qtype.qmax
-    return int(bounds(result, low=value)["low"])
+    return int(ctx.bounds(result, low=value)["low"])
 
 
 def _fillable(node: fx.Node, numbers: list[Any]) -> Verdict:
@@ -175,13 +174,13 @@ class SlopesLowering(Lowering):
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         x, result = bind(node).operand("input"), ctx.qparams(node)
-        arithmetic, ratio = ctx.step(node, "rescale"), ctx.ratio(ctx.qparams(x), result=result)
+        arithmetic, source = ctx.step(node, "rescale"), ctx.qparams(x)
         factors: list[fx.Node | None] = []
         for prefix, slope in (("", torch.ones((), dtype=torch.float64)), ("negative_", _slope(node, x))):
-            factor = encode_saturating(arithmetic.rule, ratio * slope, result.qtype)
+            factor = encode_saturating(arithmetic.rule, ctx.ratio(node, source, slope), result.qtype)
             factors.append(ctx.tensor(node, f"{prefix}multiplier", factor.multiplier))
             factors.append(None if factor.shift is None else ctx.tensor(node, f"{prefix}shift", factor.shift))
-        options = {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
+        options = {"arithmetic": str(arithmetic), **ctx.bounds(result), **ctx.zeros(node, x=x)}
         return ctx.integer("prelu", x, *factors, like=node, **options)
 
 

@@ -5,6 +5,9 @@ simulator, fake quantization and the written specification must agree bit for bi
 """
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
+from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
+from qgraph.numerics.engines import EngineRule, Fbgemm, OneDnn
+from qgraph.numerics.factor import Factor
 from qgraph.numerics.formats import (
     FloatFormat,
     Format,
@@ -31,8 +34,8 @@ from qgraph.numerics.quantize import (
     quantize,
 )
 from qgraph.numerics.requantize import (
-    Factor,
     RequantizeRule,
+    Rule,
     ScaleForm,
     encode_common_shift,
     encode_fixed_point,
@@ -44,20 +47,27 @@ from qgraph.numerics.tables import build_steps, build_table, check_intervals, lo
 
 __all__ = [
     "RECIPROCAL",
+    "AddFactors",
     "Arithmetic",
+    "EngineRule",
+    "EngineSum",
     "Factor",
+    "Fbgemm",
     "FloatFormat",
     "Format",
+    "OneDnn",
     "Overflow",
     "QParams",
     "QType",
     "QuantizeRule",
     "RequantizeRule",
     "Rounding",
+    "Rule",
     "ScaleForm",
     "Scheme",
     "SegmentForm",
     "SegmentTable",
+    "Zeros",
     "as_format",
     "bias_codes",
     "build_segments",

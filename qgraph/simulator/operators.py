@@ -32,7 +32,8 @@ SCHEMAS: dict[str, str] = {
     f"int[] output_padding, bool transposed, int groups, {_RESIDUAL}) -> Tensor",
     "linear": f"(Tensor x, Tensor weight, {_PRODUCT}, *, {_RESIDUAL}) -> Tensor",
     "matmul": f"(Tensor x, Tensor y, Tensor? multiplier, Tensor? shift, *, {_TWO}) -> Tensor",
-    "add": f"(Tensor x, Tensor y, Tensor multiplier_x, Tensor multiplier_y, Tensor? shift, *, {_TWO}) -> Tensor",
+    "add": "(Tensor x, Tensor y, Tensor multiplier_x, Tensor multiplier_y, Tensor? shift, "
+    f"Tensor? multiplier=None, *, {_TWO}) -> Tensor",
     "mul": f"(Tensor x, Tensor y, Tensor multiplier, Tensor? shift, *, {_TWO}) -> Tensor",
     "lookup": "(Tensor x, Tensor table, *, str source) -> Tensor",
     "clamp": "(Tensor x, *, int low, int high, str format) -> Tensor",

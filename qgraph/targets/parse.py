@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-import torch
-
 from qgraph.errors import QGraphError, TargetError, did_you_mean
 from qgraph.ir.op_table import OPS
 from qgraph.numerics import (
@@ -22,7 +20,7 @@ from qgraph.numerics import (
     parse_qtype,
     parse_quantize_rule,
 )
-from qgraph.targets.target import LegalFormats, Memory, OpRule, Target
+from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, Target
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,7 +58,7 @@ def parse_target(text: str, *, origin: str) -> Target:
         bias=weights.understood(lambda: parse_format(weights.text("bias"))),
         residual=fusion.flag("residual"),
         quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
-        factor_dtype=_factor_dtype(arithmetic),
+        factors=_factors(arithmetic, ops),
         tables={name: _table_form(tables, name) for name in tables.data},
         weight_bits=int(sampling.number("weight_bits", whole=True)),
         arithmetic=_steps(arithmetic, ops),
@@ -86,7 +84,6 @@ KEYS = (
     "memory",
 )
 STEPS = ("product", "sum", "sample")  # the lowerings of qgraph need these; others may need more
-_PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
 class _Table:
@@ -163,11 +160,22 @@ def _schemes(table: _Table, but: Collection[str]) -> dict[str, Scheme]:
     return found
 
 
-def _factor_dtype(arithmetic: _Table) -> torch.dtype:
-    word = arithmetic.text("factors")
-    if word not in _PRECISIONS:
-        raise TargetError(f"factors is {word!r}", where=arithmetic.origin, fix=did_you_mean(word, _PRECISIONS))
-    return _PRECISIONS[word]
+def _factors(arithmetic: _Table, ops: Collection[str]) -> dict[str, str]:
+    """How scales become factors: in general, and for single operators (`op.factors`)."""
+    found = {}
+    for name in ("factors", *(name for name in arithmetic.data if name.endswith(".factors"))):
+        word = arithmetic.text(name)
+        if word not in FACTORS:
+            raise TargetError(f"{name} is {word!r}", where=arithmetic.origin, fix=did_you_mean(word, FACTORS))
+        _check_op(name, ops, arithmetic)
+        found[name] = word
+    return found
+
+
+def _check_op(name: str, ops: Collection[str], arithmetic: _Table) -> None:
+    op, dot, _ = name.rpartition(".")
+    if dot and op not in ops:
+        raise TargetError(f"there is no operator {op!r}", where=arithmetic.origin, fix=did_you_mean(op, ops))
 
 
 def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
@@ -176,11 +184,9 @@ def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
         table.text(step)
     steps = {}
     for name in table.data:
-        if name in ("quantize", "factors"):
+        if name == "quantize" or name.endswith("factors"):
             continue
-        op, dot, _ = name.rpartition(".")
-        if dot and op not in ops:
-            raise TargetError(f"there is no operator {op!r}", where=table.origin, fix=did_you_mean(op, ops))
+        _check_op(name, ops, table)
         steps[name] = _arithmetic(table, name)
     return steps
 

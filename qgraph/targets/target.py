@@ -15,6 +15,9 @@ import torch
 from qgraph.errors import TargetError, did_you_mean
 from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, SegmentForm
 
+RECIPROCAL_FACTORS = "float32_reciprocal"
+FACTORS = ("float32", "float64", RECIPROCAL_FACTORS)
+
 
 @dataclass(frozen=True)
 class LegalFormats:
@@ -79,7 +82,7 @@ class Target:
         bias: format of a bias.
         residual: whether a convolution or linear adds another value before it rescales.
         quantize_rule: how real numbers become codes.
-        factor_dtype: the precision in which scales are multiplied and divided to one factor.
+        factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
         tables: form of a function table by input format: None for one entry per code, a number of even intervals, or
             segments.
         weight_bits: fractional bits of bilinear interpolation weights.
@@ -99,7 +102,7 @@ class Target:
     bias: Format
     residual: bool
     quantize_rule: QuantizeRule
-    factor_dtype: torch.dtype
+    factors: Mapping[str, str]
     tables: Mapping[str, int | SegmentForm | None]
     weight_bits: int
     arithmetic: Mapping[str, Arithmetic]
@@ -158,6 +161,22 @@ class Target:
                 fix=did_you_mean(name, self.arithmetic),
             )
         return self.arithmetic[name]
+
+    def factor(self, op: str, *scales: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`s1 * s2 * ... / s` for an operator, each step in the target's precision; float64.
+
+        Args:
+            op: the operator's name.
+            scales: of the operands, and any further factors; float32 or float64, broadcastable.
+            result: scale of the result, times any further divisors.
+        """
+        word = self.factors.get(f"{op}.factors", self.factors["factors"])
+        dtype = torch.float64 if word == "float64" else torch.float32
+        total = scales[0].to(dtype)
+        for scale in scales[1:]:
+            total = total * scale.to(dtype)
+        divisor = result.to(dtype)
+        return (total * (1.0 / divisor) if word == RECIPROCAL_FACTORS else total / divisor).double()
 
     def table_form(self, source: QType) -> int | SegmentForm | None:
         """Form of a function table for this input format, as in `tables`.

@@ -91,7 +91,8 @@ def test_everything_a_file_says_is_read() -> None:
     assert target.bias == qint32
     assert target.residual is True
     assert str(target.quantize_rule) == "divide:half_away"
-    assert target.factor_dtype is torch.float32
+    scales = torch.tensor(0.1), torch.tensor(0.3)
+    assert target.factor("add", *scales, result=torch.tensor(0.7)) == (scales[0] * scales[1] / 0.7).double()
     assert target.table_form(qint8) is None
     assert target.table_form(qint16) == 1024
     assert target.weight_bits == 8

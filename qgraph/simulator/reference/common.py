@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qgraph.numerics import Arithmetic, Factor, parse_arithmetic, parse_qtype
+from qgraph.errors import UserError
+from qgraph.numerics import Arithmetic, EngineSum, Factor, RequantizeRule, Rule, parse_arithmetic, parse_qtype
 from qgraph.simulator.trace import KernelTrace
 
 
@@ -42,15 +43,33 @@ def requantized(
     format: str,
     zero: int,
     trace: KernelTrace | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Exact sums (int64) accumulated, rescaled by one factor, moved to the zero point, bounded."""
+    """Exact sums (int64) accumulated, rescaled by one factor, moved to the zero point, bounded.
+
+    `bias` is a float32 bias of engines that have one.
+    """
     word = parse_arithmetic(arithmetic)
+    if isinstance(word.rule, EngineSum):
+        raise UserError(f"{word.rule} rescales sums of two terms only", fix="give this operator another word")
     held = accumulated(sums, word, trace)
-    return finished(word.rule.apply(held, Factor(multiplier, shift), zero), low, high, format, trace)
+    scaled = word.rule.apply(held, Factor(multiplier, shift), zero, bias)
+    return finished(scaled, low, high, format, trace)
+
+
+def general(rule: Rule) -> RequantizeRule:
+    """A rule that defines sums of any terms.
+
+    Raises:
+        UserError: it is the word of an engine, which defines one operator.
+    """
+    if not isinstance(rule, RequantizeRule):
+        raise UserError(f"{rule} defines no sum of several terms", fix="give this operator another word")
+    return rule
 
 
 def along_channels(values: torch.Tensor | None, spatial: int) -> torch.Tensor | None:
-    """Per-channel values `[C]` (or `[]`) viewed so that `spatial` dimensions follow the channels."""
+    """Per-channel values `[..., C]` (or `[]`) viewed so that `spatial` dimensions follow the channels."""
     if values is None or values.dim() == 0:
         return values
-    return values.reshape(-1, *[1] * spatial)
+    return values.reshape(*values.shape, *[1] * spatial)

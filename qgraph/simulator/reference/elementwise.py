@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from qgraph.numerics import RECIPROCAL, QParams, parse_arithmetic, parse_qtype, parse_quantize_rule, qint32
+from qgraph.numerics import (
+    RECIPROCAL,
+    AddFactors,
+    EngineSum,
+    QParams,
+    Zeros,
+    parse_arithmetic,
+    parse_qtype,
+    parse_quantize_rule,
+    qint32,
+)
 from qgraph.numerics import dequantize as dequantize_codes
 from qgraph.numerics import lookup as look_up
 from qgraph.numerics import quantize as quantize_values
-from qgraph.simulator.reference.common import finished, requantized, wide
+from qgraph.simulator.reference.common import finished, general, requantized, wide
 from qgraph.simulator.trace import KernelTrace
 
 
@@ -54,7 +64,7 @@ def requantize(
     """`saturate(round(x * M + offset, shift))`; parameters broadcast against `x`."""
     if offset is None:
         return requantized(wide(x, x_zero), multiplier, shift, arithmetic, low, high, format, zero, trace)
-    rule = parse_arithmetic(arithmetic).rule
+    rule = general(parse_arithmetic(arithmetic).rule)
     scaled = rule.apply_sum([wide(x, x_zero)], [multiplier], shift, offset) + zero
     return finished(scaled, low, high, format, trace)
 
@@ -65,6 +75,7 @@ def add(
     multiplier_x: torch.Tensor,
     multiplier_y: torch.Tensor,
     shift: torch.Tensor | None,
+    multiplier: torch.Tensor | None = None,
     *,
     arithmetic: str,
     low: int,
@@ -75,9 +86,12 @@ def add(
     zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """`saturate(round(x * Mx + y * My, shift))`, operands broadcast."""
+    """`saturate(round(x * Mx + y * My, shift))`, operands broadcast; `multiplier` is for engines that scale the sum."""
     rule = parse_arithmetic(arithmetic).rule
-    scaled = rule.apply_sum([wide(x, x_zero), wide(y, y_zero)], [multiplier_x, multiplier_y], shift) + zero
+    if isinstance(rule, EngineSum):
+        factors = AddFactors(multiplier_x, multiplier_y, shift, multiplier)
+        return finished(rule.add(x, y, factors, Zeros(x_zero, y_zero, zero)), low, high, format, trace)
+    scaled = general(rule).apply_sum([wide(x, x_zero), wide(y, y_zero)], [multiplier_x, multiplier_y], shift) + zero
     return finished(scaled, low, high, format, trace)
 
 

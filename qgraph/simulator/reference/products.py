@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qgraph.errors import UserError
 from qgraph.numerics import parse_arithmetic
-from qgraph.simulator.reference.common import accumulated, along_channels, finished, requantized, wide
+from qgraph.simulator.reference.common import accumulated, along_channels, finished, general, requantized, wide
 from qgraph.simulator.trace import KernelTrace
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -45,9 +45,9 @@ def conv(
     zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """`x` `[N, C_in, *in]`, `weight` as torch lays it out, `bias` int32 `[C_out]`; result `[N, C_out, *out]`.
+    """`x` `[N, C_in, *in]`, `weight` as torch lays it out, `bias` `[C_out]`; result `[N, C_out, *out]`.
 
-    As in torch, `N` may be missing in both.
+    The bias is int32, or float32 on engines that add one. As in torch, `N` may be missing in both.
     """
     rank = weight.dim() - 2
     if transposed:
@@ -58,10 +58,9 @@ def conv(
             _exact(x, x_zero), _exact(weight), None, list(stride), list(padding), list(dilation), groups
         )
     sums = wide(sums)
-    if bias is not None:
-        sums = sums + wide(bias).reshape(-1, *[1] * rank)
     return _finish_product(
         sums,
+        along_channels(bias, rank),
         None if residual is None else wide(residual, residual_zero),
         along_channels(multiplier, rank),
         along_channels(shift, rank),
@@ -93,13 +92,11 @@ def linear(
     zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """`x` `[*, in]`, `weight` `[out, in]`, `bias` int32 `[out]`; result `[*, out]`."""
+    """`x` `[*, in]`, `weight` `[out, in]`, `bias` int32 or float32 `[out]`; result `[*, out]`."""
     sums = wide(torch.matmul(_exact(x, x_zero), _exact(weight).t()))
-    if bias is not None:
-        sums = sums + wide(bias)
     other = None if residual is None else wide(residual, residual_zero)
     return _finish_product(
-        sums, other, multiplier, shift, residual_multiplier, arithmetic, low, high, format, zero, trace
+        sums, bias, other, multiplier, shift, residual_multiplier, arithmetic, low, high, format, zero, trace
     )
 
 
@@ -120,11 +117,12 @@ def matmul(
 ) -> torch.Tensor:
     """The matrix product of `x` `[*, n, k]` and `y` `[*, k, m]`."""
     sums = wide(torch.matmul(_exact(x, x_zero), _exact(y, y_zero)))
-    return _finish_product(sums, None, multiplier, shift, None, arithmetic, low, high, format, zero, trace)
+    return _finish_product(sums, None, None, multiplier, shift, None, arithmetic, low, high, format, zero, trace)
 
 
 def _finish_product(
     sums: torch.Tensor,
+    bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     multiplier: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -137,12 +135,15 @@ def _finish_product(
     trace: KernelTrace | None,
 ) -> torch.Tensor:
     word = parse_arithmetic(arithmetic)
+    real_bias = bias if bias is not None and bias.is_floating_point() else None
+    if bias is not None and real_bias is None:
+        sums = sums + wide(bias)
     if multiplier is None:  # a high-precision output: the accumulator itself
         return finished(accumulated(sums, word, trace), low, high, format, trace)
     if residual is None or residual_multiplier is None:
-        return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
+        return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace, real_bias)
     held = accumulated(sums, word, trace)
-    scaled = word.rule.apply_sum([held, residual], [multiplier, residual_multiplier], shift) + zero
+    scaled = general(word.rule).apply_sum([held, residual], [multiplier, residual_multiplier], shift) + zero
     return finished(scaled, low, high, format, trace)
 
 
