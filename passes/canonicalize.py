@@ -154,6 +154,29 @@ def _number_first(node: fx.Node, edit: Editor) -> bool:
     return True
 
 
+_POWERS = {0.5: ops.SQRT, -0.5: ops.RSQRT, -1: ops.RECIPROCAL}
+
+
+def _power(node: fx.Node, edit: Editor) -> bool:
+    """`x ** 2` becomes `x * x`, roots and reciprocals the functions torch itself calls for them."""
+    bound = bind(node)
+    x, exponent = bound.operand("input"), bound.operand("exponent")
+    if not isinstance(x, fx.Node) or isinstance(exponent, fx.Node) or not _computes_in_float(x):
+        return False
+    if exponent == 2:
+        _respell(node, ops.MUL.target, (x, x), {}, ops.MUL, edit)
+    elif exponent in _POWERS:
+        _respell(node, _POWERS[exponent].target, (x,), {}, _POWERS[exponent], edit)
+    else:
+        return False
+    return True
+
+
+def _computes_in_float(value: fx.Node) -> bool:
+    spec = tensor_spec(value)
+    return spec is not None and spec.dtype.is_floating_point
+
+
 _SPECIAL: dict[Op, Callable[[fx.Node, Editor], bool]] = {
     ops.CLAMP: _clamp,
     ops.DIV: _divide,
@@ -164,5 +187,6 @@ _SPECIAL: dict[Op, Callable[[fx.Node, Editor], bool]] = {
     ops.TOPK: split_topk,
     ops.SORT: split_topk,
     ops.EMBEDDING: embedding_as_rows,
+    ops.POW: _power,
     **dict.fromkeys(WEIGHTED, as_plain_module),
 }

@@ -1,7 +1,7 @@
 """From float operators to integer operators; see `qgraph.lowering.base`."""
 
 import qgraph.simulator.operators  # noqa: F401 - registers what lowerings emit
-from qgraph.lowering import elementwise, indexing, movement, products, sampling, windows
+from qgraph.lowering import elementwise, functions, indexing, movement, products, sampling, selection, windows
 from qgraph.lowering.base import (
     LOWERINGS,
     Lowering,
@@ -19,6 +19,7 @@ __all__ = [
     "LoweringContext",
     "bounds",
     "elementwise",
+    "functions",
     "indexing",
     "lowering_of",
     "movement",
@@ -26,6 +27,7 @@ __all__ = [
     "register_lowering",
     "requantized_to",
     "sampling",
+    "selection",
     "support",
     "windows",
 ]

@@ -4,6 +4,7 @@
     v, i = x.topk(k)        i = top_indices(x, k)              v = take_along_dim(x, i, -1)
     v, i = x.sort()         i = argsort(x)                     v = take_along_dim(x, i, -1)
     x.max(), x.max(dim)[0]  amax(x), amax(x, dim)
+    torch.max(x, y)         maximum(x, y)
     embedding module        embedding(indices, weight): rows of a constant
 
 So values are codes moved by indices, and indices are integers. Used by the pass `canonicalize`.
@@ -28,12 +29,16 @@ _FIELDS = {"values": 0, "indices": 1}
 
 
 def split_extreme(node: fx.Node, edit: Editor) -> bool:
-    """`max` and `min` of a tensor or along a dimension; False for the larger of two tensors."""
+    """`max` and `min` of a tensor, along a dimension, or of two tensors."""
     bound = bind(node)
-    x, dim = bound.operand("input"), bound.option("dim")
-    if bound.operand("other") is not None or not _is_float32(x):
+    x, dim, other = bound.operand("input"), bound.option("dim"), bound.operand("other")
+    if not _is_float32(x):
         return False
     largest = info(node).op is ops.MAX
+    if other is not None:
+        pairwise = ops.MAXIMUM if largest else ops.MINIMUM
+        edit.respell(node, "call_function", pairwise.target, (x, other), {}, op=pairwise)
+        return True
     extreme = ops.AMAX if largest else ops.AMIN
     if dim is None:
         edit.respell(node, "call_function", extreme.target, (x,), {}, op=extreme)

@@ -42,6 +42,8 @@ X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
         (lambda m, x: x.max(), ["amax"]),
         (lambda m, x: torch.min(x), ["amin"]),
         (lambda m, x: x.max(1)[0], ["amax"]),
+        (lambda m, x: torch.max(x, x.flip(1)), ["flip", "maximum"]),
+        (lambda m, x: x.min(other=x.flip(1)), ["flip", "minimum"]),
         (lambda m, x: torch.min(x, dim=-1, keepdim=True).values, ["amin"]),
         (lambda m, x: x.max(dim=1).indices, ["argmax", "squeeze"]),
         (lambda m, x: tuple(torch.max(x, 1)), ["argmax", "take_along_dim", "squeeze", "squeeze"]),
@@ -61,7 +63,7 @@ def test_spellings(function: Callable[..., Any], expected: list[str]) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda m, x: torch.max(x, x.flip(1)),
+        lambda m, x: (x > 0).min(1).values,
         lambda m, x: (x > 0).long().max(1)[0],
         lambda m, x: x.double().topk(2).values,
     ],

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qgraph.ir.integer import integer_name
 from qgraph.simulator.operators import FAKES, SCHEMAS
 from qgraph.simulator.reference import KERNELS
 from tests.simulator.cases import CASES, Case, Draw
@@ -169,6 +170,7 @@ def build_graph() -> fx.GraphModule:
 
     x = graph.placeholder("x")
     factor, shift = constant("factor", torch.tensor(12345678)), constant("shift", torch.tensor(31))
+    large_factor = constant("large_factor", torch.tensor(2**31 - 12345))
     small_shift = constant("small_shift", torch.tensor(29))
     wide_shift = constant("wide_shift", torch.tensor(26))
     window_shift, grid_shift = constant("window_shift", torch.tensor(24)), constant("grid_shift", torch.tensor(46))
@@ -193,6 +195,12 @@ def build_graph() -> fx.GraphModule:
     large = sampled(constant, call, large, factor, window_shift, grid_shift)
     y = call("adaptive_avg_pool", large, factor, wide_shift, output_size=[2, 1], **SINGLE)
     y = call("reduce_sum", y, factor, wide_shift, dims=[-1], keepdim=False, **SINGLE)
+    segments = [constant(f"segment_{i}", torch.tensor(v)) for i, v in enumerate(([*range(-64, 65)], [0, 128], [1, 1]))]
+    y = call("lookup_segments", y, *segments, source="int8", fraction_bits=0, format="int8")
+    mask = call("compare", y, y, factor, large_factor, relation="ge")
+    steps = [constant("thresholds", torch.tensor([-9, 3])), constant("step_values", codes(3))]
+    bent = call("prelu", y, large_factor, shift, factor, shift, **SINGLE)
+    y = graph.call_function(torch.where, (mask, call("lookup_steps", y, *steps), bent))
     y = call("linear", y, constant("matrix", codes(5, 2)), None, None, factor, small_shift, None, **SINGLE)
     scales = constant("scales", torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))
     graph.output(call("dequantize", y, scales, axis=2))
@@ -243,8 +251,7 @@ def pictures(count: int) -> torch.Tensor:
 
 
 def test_graph_holds_every_operator_and_its_scores_vary(module: fx.GraphModule) -> None:
-    overloads = [node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    names = {str(target).split(".")[1] for target in overloads}
+    names = {name for node in module.graph.nodes if (name := integer_name(node.target))}
     assert names == set(KERNELS)
     assert len(module(pictures(3)).unique()) > 10
 

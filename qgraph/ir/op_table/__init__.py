@@ -6,8 +6,10 @@ table and need no change.
 """
 
 from qgraph.ir.op_table.arithmetic import *
+from qgraph.ir.op_table.comparison import *
 from qgraph.ir.op_table.composites import *
 from qgraph.ir.op_table.define import OPS as OPS
+from qgraph.ir.op_table.functions import *
 from qgraph.ir.op_table.indexing import *
 from qgraph.ir.op_table.movement import *
 from qgraph.ir.op_table.products import *
