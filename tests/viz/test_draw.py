@@ -89,7 +89,7 @@ def test_boxes_say_operator_site_and_weight() -> None:
 
 def test_integer_operators_of_another_name_are_named() -> None:
     boxes = picture("attention", "integer").boxes
-    assert boxes["%norm_rsqrt"][0] == "rsqrt: lookup"
+    assert boxes["%norm_rsqrt"][0] == "rsqrt: lookup_segments"
     assert boxes["%norm"][0] == "affine: requantize"
     assert boxes["%generated_softmax_0_sum"][0] == "sum: reduce_sum"
     assert boxes["%x_quant"][0] == "quant_stub"
