@@ -3,6 +3,7 @@
     softmax(x)       m = amax(x)  e = exp(x - m)  y = e * reciprocal(sum(e))
     layer_norm(x)    c = x - mean(x)  y = c * rsqrt(mean(c * c) + eps) * weight + bias
     x / y            x * reciprocal(y)
+    var(x), std(x)   mean((x - mean(x)) ** 2 * n / (n - correction)), and its root
     batch_norm(x)    x * weight + bias, where no convolution took it over
 
 Inner steps are sites of their own, named after the composite (`norm.rsqrt`, `softmax.exp`); the last step keeps the
@@ -11,6 +12,7 @@ composite's site. Equal within 1e-5 relative. A composite stays whole, and in fl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,6 +27,7 @@ from qgraph.ir.node_info import Refusal, info, module_of
 from qgraph.ir.op import Op
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.values import TensorSpec
+from qgraph.lowering.base import batch_is_free, shape_of
 from qgraph.nn import Affine
 from qgraph.pipeline import Numerics, Pass, PassContext, PassResult, close
 from qgraph.rewrite import Verdict, no, skip, yes
@@ -202,12 +205,56 @@ def _batch_norm(node: fx.Node, steps: _Steps) -> None:
     )
 
 
+def _check_spread(node: fx.Node) -> Verdict:
+    if _spread_divisor(node) <= 0:
+        return no("it divides by zero: one element has no variance", node)
+    if 0 in _spread_dims(node) and batch_is_free(node):
+        return no("it averages over the batch, whose size is free", node)
+    return _float_input(node)
+
+
+def _spread_dims(node: fx.Node) -> tuple[int, ...]:
+    bound = bind(node)
+    rank, dim = len(shape_of(bound.operand("input"))), bound.option("dim")
+    chosen = range(rank) if dim is None or dim == () or dim == [] else dim if isinstance(dim, (list, tuple)) else (dim,)
+    return tuple(sorted({d % rank for d in chosen}))
+
+
+def _spread_divisor(node: fx.Node) -> float:
+    """What the sum of squares is divided by: the number of elements less the correction."""
+    bound = bind(node)
+    shape, correction = shape_of(bound.operand("input")), bound.option("correction")
+    count = math.prod(shape[dim] for dim in _spread_dims(node))
+    return count - (float(bool(bound.option("unbiased"))) if correction is None else float(correction))
+
+
+def _spread(node: fx.Node, steps: _Steps) -> None:
+    """`var = mean((x - mean(x)) ** 2 * n / (n - correction))`, `std = sqrt(var)`."""
+    x, dims, keepdim = bind(node).operand("input"), _spread_dims(node), bool(bind(node).option("keepdim"))
+    shape, spec = shape_of(x), tensor_spec(node)
+    assert spec is not None
+    mean = steps.step("mean", ops.MEAN, x, dim=dims, keepdim=True, shape=_reduced(shape, dims))
+    centred = steps.step("sub", ops.SUB, x, mean, shape=shape)
+    squares = steps.step("mul", ops.MUL, centred, centred, shape=shape)
+    average: dict[str, Any] = {"dim": dims, "keepdim": True} if keepdim else {"dim": dims}
+    factor = math.prod(shape[dim] for dim in dims) / _spread_divisor(node)
+    if factor != 1:
+        squares = steps.step("scaled", ops.MUL, squares, factor, shape=shape)
+    if info(node).op is ops.VAR:
+        steps.finish(ops.MEAN, squares, **average)
+        return
+    variance = steps.step("var", ops.MEAN, squares, shape=spec.shape, **average)
+    steps.finish(ops.SQRT, variance)
+
+
 def _reduced(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...]:
     axes = {dim % len(shape) for dim in dims}
     return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
 
 
 _RULES: dict[str, _Decomposition] = {
+    "var": _Decomposition(_check_spread, _spread, (ops.MEAN, ops.SUB, ops.MUL)),
+    "std": _Decomposition(_check_spread, _spread, (ops.MEAN, ops.SUB, ops.MUL, ops.SQRT)),
     "softmax": _Decomposition(_check_softmax, _softmax, (ops.AMAX, ops.SUB, ops.EXP, ops.SUM, ops.RECIPROCAL, ops.MUL)),
     "layer_norm": _Decomposition(_check_layer_norm, _layer_norm, (ops.MEAN, ops.SUB, ops.MUL, ops.RSQRT, ops.AFFINE)),
     "div": _Decomposition(_check_div, _div, (ops.RECIPROCAL, ops.MUL)),

@@ -157,6 +157,11 @@ def _build_layer_norm(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None
         return nn.LayerNorm(tuple(shape), eps=bound.option("eps"), elementwise_affine=tensors["weight"] is not None)
 
 
+def _build_prelu(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
+    with torch.device("meta"):
+        return nn.PReLU(tensors["weight"].numel())
+
+
 _BUILDERS: dict[Op, Callable[[Bound, dict[str, Any]], nn.Module | None]] = {
     ops.CONV1D: _build_convolution(nn.Conv1d),
     ops.CONV2D: _build_convolution(nn.Conv2d),
@@ -167,6 +172,7 @@ _BUILDERS: dict[Op, Callable[[Bound, dict[str, Any]], nn.Module | None]] = {
     ops.LINEAR: _build_linear,
     ops.BATCH_NORM: _build_batch_norm,
     ops.LAYER_NORM: _build_layer_norm,
+    ops.PRELU: _build_prelu,
 }
 
 

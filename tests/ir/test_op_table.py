@@ -75,7 +75,7 @@ def test_every_operator_names_parts_that_exist() -> None:
     for op in OPS:
         assert op.lowering is None or op.lowering in LOWERINGS, op
         assert op.decomposition is None or op.decomposition in _RULES, op
-        assert (op.scalar_function is not None) == (op.lowering == "table"), op
+        assert (op.scalar_function is not None) == (op.lowering in ("table", "steps")), op
         assert set(op.operands) <= set(op.signature.parameters), op
         assert set(op.parameters) <= set(op.operands), op
 

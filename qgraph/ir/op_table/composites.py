@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qgraph.ir.op import OpKind, ShapeRule
+from qgraph.ir.op import Function, Op, OpKind, ShapeRule, Spelling
 from qgraph.ir.op_table.define import args, aten, define
 
 BATCH_NORM = define(
@@ -45,3 +47,26 @@ SOFTMAX = define(
     modules=(nn.Softmax,),
     decomposition="softmax",
 )
+
+
+def _spread_overload(given: tuple[Any, ...]) -> tuple[str, ...]:
+    """Parameters of `var(x, dim, unbiased, keepdim)` and of `var(x, unbiased)`, by the second argument."""
+    second = given[1] if len(given) > 1 else None
+    return ("input", "unbiased") if isinstance(second, bool) else ("input", "dim", "unbiased", "keepdim")
+
+
+def _spread(name: str, function: Function) -> Op:
+    """A measure of how far values lie from their mean."""
+    overloaded = Spelling(_spread_overload)
+    return define(
+        name,
+        OpKind.COMPOSITE,
+        lambda input, dim=None, unbiased=True, keepdim=False, correction=None: None,
+        target=function,
+        spelled=((function, overloaded), (name, overloaded)),
+        decomposition=name,
+    )
+
+
+VAR = _spread("var", torch.var)
+STD = _spread("std", torch.std)
