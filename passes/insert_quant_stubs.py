@@ -107,7 +107,7 @@ def _wanted(node: fx.Node, operands: list[_Domain], before: set[fx.Node]) -> tup
     if _Domain.AFTER in operands:
         return _Domain.AFTER, _AFTER_STUB
     if node in before:
-        return _Domain.REAL, _BEFORE_STUB
+        return _Domain.REAL, info(node).float_reason or _BEFORE_STUB
     if _Domain.RAW not in operands and _Domain.REAL not in operands:
         # What folding left depends on the batch size only: expanding codes is cheaper than expanding reals.
         moves = bool(operands) and quant_rule(node) is QuantRule.SAME

@@ -108,6 +108,7 @@ class Op:
         in_place: methods or functions that mean it and write to their first operand.
         modules: module classes that mean it, each with the attributes that hold options under another name.
         parameters: operands held by the module as parameters or buffers.
+        called_with: what a call of the module takes, in order; None for the operands that are no `parameters`.
         quant: where the result gets its scale from; a function of the arguments where it depends on options.
         lowering: name of the lowering that takes it to integers; None for none.
         decomposition: name of the decomposition into simpler operators; None for none.
@@ -127,6 +128,7 @@ class Op:
     in_place: Mapping[Function | str, Spelling] = field(default_factory=dict)
     modules: Mapping[type[nn.Module], Mapping[str, str]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
+    called_with: tuple[str, ...] | None = None
     quant: QuantRule | Callable[[Mapping[str, Any]], QuantRule] = QuantRule.FLOAT
     lowering: str | None = None
     decomposition: str | None = None
