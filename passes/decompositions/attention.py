@@ -17,7 +17,7 @@ from torch import fx, nn
 from passes.decompositions.batch import fixed_axis
 from passes.decompositions.masks import Mask, both, constant_mask, read_mask, reshaped
 from passes.decompositions.softmax import MASKED, factors
-from passes.decompositions.steps import Decomposition, Steps, float_input, is_float32, parts_only, shape_of
+from passes.decompositions.steps import Decomposition, Steps, float_input, parts_only, shape_of
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import module_of

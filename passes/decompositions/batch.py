@@ -32,7 +32,7 @@ def fixed_axis(node: fx.Node, axis: int, what: str) -> Verdict:
 
 
 def _shape_at_twice_the_batch(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of a value when the example is given twice; None if the batch is fixed, or the graph takes no such batch."""
+    """Shape of a value when the example is given twice; None where no batch size is left open."""
     gm = node.graph.owning_module
     assert isinstance(gm, fx.GraphModule)
     example = graph_info(gm).example

@@ -206,9 +206,7 @@ def _adds_nothing_else(node: fx.Node) -> bool:
     return 0.0 in values and any(_is_low(value) for value in values)
 
 
-def _allowed(
-    steps: Steps, mask: fx.Node, name: str, *, above: float | None = None, inverted: bool = False
-) -> fx.Node:
+def _allowed(steps: Steps, mask: fx.Node, name: str, *, above: float | None = None, inverted: bool = False) -> fx.Node:
     options: dict[str, Any] = {"above": above} if above is not None else {"inverted": True} if inverted else {}
     made = steps.step(f"{name}_allowed", ops.MASK, mask, inner=False, **options)
     steps.edit.annotate(made, float_reason=_IN_FLOAT)

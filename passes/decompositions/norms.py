@@ -6,6 +6,7 @@
     rms norm         y = x * rsqrt(mean(x * x) + eps) * weight
     normalize        y = x * rsqrt(max(sum(x * x), eps ** 2))
     batch norm       y = x * factor + shift per channel, where no convolution took it over
+Weight and bias enter one rescaling; they are not rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -20,16 +21,14 @@ from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import module_of
 from qgraph.lowering.base import is_number
-from qgraph.rewrite import Verdict, no, yes
+from qgraph.rewrite import Verdict, no
 
 
 def _check_weights(node: fx.Node) -> Verdict:
     return no("its weights are computed in the forward", node) if node.op != "call_module" else float_input(node)
 
 
-def _centred_and_inverse(
-    steps: Steps, x: fx.Node, dims: tuple[int, ...], eps: float
-) -> tuple[fx.Node, fx.Node]:
+def _centred_and_inverse(steps: Steps, x: fx.Node, dims: tuple[int, ...], eps: float) -> tuple[fx.Node, fx.Node]:
     """`x - mean(x)` and one over its standard deviation."""
     mean = steps.step("var_mean.pre_mean", ops.MEAN, x, dim=dims, keepdim=True)
     centred = steps.step("var_mean.sub", ops.SUB, x, mean)

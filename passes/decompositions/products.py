@@ -1,14 +1,14 @@
 """Einstein sums of two tensors, and products that add.
 
-    einsum(..., a, b)      dimensions in both and in the result become batch dimensions, those only in a or b rows or
-                           columns, those summed over the inner dimension of one matmul
-    addmm(c, x, w)         a linear where c and w are the model's own, else c * beta + x @ w * alpha
+    einsum(e, a, b)    one matmul: letters in a, b and the result are batch dimensions, those in the result and one
+                       operand its rows or columns, those in no result its inner dimension
+    addmm(c, x, w)     a linear where c and w are the model's own, else c * beta + x @ w * alpha
+Sizes are never written down, so that any dimension may be the batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,7 @@ from torch import fx, nn
 from passes.decompositions.steps import Decomposition, Steps, constant_of, float_input, is_float32, shape_of
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import bind
-from qgraph.ir.node_info import info, tensor_at
+from qgraph.ir.node_info import tensor_at
 from qgraph.lowering.base import is_number
 from qgraph.rewrite import Verdict, no, yes
 
@@ -162,7 +162,7 @@ def _addmm(node: fx.Node, steps: Steps) -> None:
 def _own(node: fx.Node, tensor: torch.Tensor) -> nn.Parameter:
     """A parameter that is trained if the tensor at `node` is."""
     owner = node.graph.owning_module
-    assert owner is not None and info(node).op is ops.CONSTANT
+    assert owner is not None
     trained = tensor_at(owner, str(node.target)).requires_grad
     return nn.Parameter(tensor.contiguous().clone(), trained)
 

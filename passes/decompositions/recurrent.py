@@ -183,7 +183,7 @@ def _layer(node: fx.Node, steps: Steps) -> None:
         outputs = []
         for suffix in directions:
             place = f"l{layer}{suffix}."
-            state = tuple(
+            state: _State = tuple(
                 steps.step(f"{place}initial{index}", ops.SELECT, given, dim=0, index=len(last))
                 for index, given in enumerate(initial)
             ) or ((None, None) if is_lstm else (None,))

@@ -19,6 +19,7 @@ from passes.decompositions.masks import Mask, masked_scores
 from passes.decompositions.steps import Decomposition, Steps, float_input
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import bind
+from qgraph.ir.op import Op
 from qgraph.rewrite import Verdict, no, skip, yes
 
 PLAIN = (ops.AMAX, ops.SUB, ops.EXP, ops.SUM, ops.RECIPROCAL, ops.MUL)
@@ -28,7 +29,7 @@ MASKED = (*PLAIN, ops.ADD, ops.CLAMP)
 def factors(steps: Steps, x: fx.Node, dim: int, mask: Mask, prefix: str = "") -> tuple[fx.Node, fx.Node]:
     """The two factors of the softmax of `x` along `dim`: powers and the reciprocal of their sum."""
 
-    def over(name: str, op: ops.Op, value: fx.Node) -> fx.Node:
+    def over(name: str, op: Op, value: fx.Node) -> fx.Node:
         return steps.step(f"{prefix}{name}", op, value, dim=(dim,), keepdim=True)
 
     if mask.bias is not None:
