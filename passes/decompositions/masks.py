@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.decompositions.steps import Steps, constant_of, is_float32
+from passes.decompositions.steps import Steps, constant_of, is_float32, shape_of
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info
@@ -30,9 +30,8 @@ _MOVES = (
     ops.TRANSPOSE,
     ops.PERMUTE,
     ops.IDENTITY,
-    ops.CAST,
 )
-_IN_FLOAT = "a mask is made in float: its 0 and 1 are exact codes"
+_ROWS_STAY = (ops.RESHAPE, ops.EXPAND, ops.UNSQUEEZE)
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,21 @@ class Mask:
 
 
 def read_mask(steps: Steps, mask: Any, *, name: str = "mask", inverted: bool = False) -> Mask:
-    """A boolean or additive mask; `inverted` booleans hold where attention must not look."""
+    """A boolean or additive mask; `inverted` booleans hold where attention must not look.
+
+    Moves and sums are done on the parts, so that what a constant is made of stays constant.
+    """
     if mask is None:
         return Mask()
     tensor = constant_of(mask)
     spec = tensor_spec(mask)
     boolean = spec is not None and spec.dtype is torch.bool
+    if info(mask).op in _MOVES:
+        return _moved(steps, mask, read_mask(steps, bind(mask).operand("input"), name=name, inverted=inverted), name)
+    terms = _mask_terms(mask)
+    if terms is not None:
+        parts = [read_mask(steps, term, name=f"{name}{place}") for place, term in enumerate(terms)]
+        return both(steps, *parts, name=name)
     if tensor is not None:
         if boolean:
             return constant_mask(steps, ~tensor if inverted else tensor, name)
@@ -67,7 +75,6 @@ def read_mask(steps: Steps, mask: Any, *, name: str = "mask", inverted: bool = F
     if _adds_nothing_else(mask):
         return Mask(allowed)
     bias = steps.step(f"{name}_bias", ops.MASK_BIAS, mask, above=THRESHOLD, inner=False)
-    steps.edit.annotate(bias, float_reason=_IN_FLOAT)
     return Mask(allowed, bias)
 
 
@@ -79,10 +86,10 @@ def constant_mask(steps: Steps, allowed: torch.Tensor, name: str = "mask") -> Ma
     return Mask(steps.stub(name, steps.constant(name, allowed.float()), 1.0), complete=complete)
 
 
-def both(steps: Steps, one: Mask, two: Mask) -> Mask:
+def both(steps: Steps, one: Mask, two: Mask, *, name: str = "mask") -> Mask:
     """Two masks at once."""
-    bias = _joined(steps, "mask_bias_sum", ops.ADD, one.bias, two.bias)
-    allowed = _joined(steps, "mask_product", ops.MUL, one.allowed, two.allowed)
+    bias = _joined(steps, f"{name}_bias_sum", ops.ADD, one.bias, two.bias)
+    allowed = _joined(steps, f"{name}_product", ops.MUL, one.allowed, two.allowed)
     complete = (one.complete or one.allowed is None) and (two.complete or two.allowed is None)
     single = one.allowed is None or two.allowed is None
     return Mask(allowed, bias, complete and single)
@@ -95,6 +102,23 @@ def reshaped(steps: Steps, mask: Mask, op: Any, name: str, **options: Any) -> Ma
         return None if part is None else steps.step(f"{name}_{label}", op, part, **options)
 
     return Mask(moved(mask.allowed, "allowed"), moved(mask.bias, "bias"), mask.complete)
+
+
+def _moved(steps: Steps, move: fx.Node, mask: Mask, name: str) -> Mask:
+    """The parts of a mask, moved as `move` moves the whole."""
+    source = bind(move).operand("input")
+    label = info(move).site.rpartition(".")[2].strip("_")
+
+    def moved(part: fx.Node | None, kind: str) -> fx.Node | None:
+        if part is None:
+            return None
+        args = tuple(part if value is source else value for value in move.args)
+        return steps.repeat(f"{name}_{kind}.{label}", move, args, shape_of(move))
+
+    rows_stay = (
+        info(move).op in (ops.EXPAND, ops.UNSQUEEZE, ops.RESHAPE) and shape_of(move)[-1:] == shape_of(source)[-1:]
+    )
+    return Mask(moved(mask.allowed, "allowed"), moved(mask.bias, "bias"), mask.complete and rows_stay)
 
 
 @dataclass(frozen=True)
@@ -188,28 +212,45 @@ def _is_additive(node: fx.Node) -> bool:
     """Whether a value is known to be an additive mask: it holds values below the threshold."""
     tensor = constant_of(node)
     if tensor is not None:
-        return bool((tensor <= THRESHOLD).any())
+        return tensor.is_floating_point() and bool((tensor <= THRESHOLD).any())
+    if info(node).op in _MOVES:
+        return _is_additive(bind(node).operand("input"))
+    terms = _mask_terms(node)
+    if terms is not None:
+        return any(map(_is_additive, terms))
     return _adds_nothing_else(node)
 
 
-def _adds_nothing_else(node: fx.Node) -> bool:
-    """Whether a computed additive mask is 0 wherever it allows: zeros filled with a low number, then moved."""
+def _mask_terms(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two terms of a sum of masks and constants; None for anything else."""
+    if info(node).op is not ops.ADD or bind(node).option("alpha") != 1:
+        return None
+    first, second = bind(node).operand("input"), bind(node).operand("other")
+    if not all(is_float32(term) and (_is_constant(term) or _is_additive(term)) for term in (first, second)):
+        return None
+    return first, second
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a value is a constant, moved at most."""
     while info(node).op in _MOVES:
-        node = node.all_input_nodes[0]
+        node = bind(node).operand("input")
+    return info(node).op is ops.CONSTANT
+
+
+def _adds_nothing_else(node: fx.Node) -> bool:
+    """Whether a computed additive mask is 0 wherever it allows: zeros filled with a low number."""
     filled = _filled(node)
     if filled is None:
         return False
-    values = {_number(filled.kept), filled.number}
     kept = constant_of(filled.kept)
-    if kept is not None and not bool(kept.any()):
-        values = {0.0, filled.number}
-    return 0.0 in values and any(_is_low(value) for value in values)
+    zeros = _number(filled.kept) == 0 or (kept is not None and not bool(kept.any()))
+    return (zeros and _is_low(filled.number)) or (filled.number == 0 and _is_low(_number(filled.kept)))
 
 
 def _allowed(steps: Steps, mask: fx.Node, name: str, *, above: float | None = None, inverted: bool = False) -> fx.Node:
     options: dict[str, Any] = {"above": above} if above is not None else {"inverted": True} if inverted else {}
     made = steps.step(f"{name}_allowed", ops.MASK, mask, inner=False, **options)
-    steps.edit.annotate(made, float_reason=_IN_FLOAT)
     return steps.stub(name, made, 1.0)
 
 

@@ -98,6 +98,15 @@ class Steps:
         created = self.edit.call(op, *operands, like=self.node, site=f"{self.site}.{name}", **options)
         return self._noted(created, _value(op, operands, options), inner)
 
+    def repeat(self, name: str, call: fx.Node, args: tuple[Any, ...], shape: tuple[int, ...]) -> fx.Node:
+        """The function `call` calls, on other arguments; the result has `shape`."""
+        assert callable(call.target)
+        site = f"{self.site}.{name}"
+        created = self.edit.call_function(
+            call.target, args, dict(call.kwargs), op=info(call).op, like=self.node, site=site
+        )
+        return self._noted(created, TensorSpec(shape, torch.float32), inner=True)
+
     def linear(
         self,
         name: str,
