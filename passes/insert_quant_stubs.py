@@ -97,9 +97,15 @@ def _assign_domains(gm: fx.GraphModule, ctx: PassContext) -> tuple[dict[fx.Node,
             if verdict is not None and not verdict:
                 wanted, stays = _Domain.REAL, verdict.reason
             domains[node] = wanted if _is_float(record.value) else _Domain.OTHER
-            if stays is not None and any(map(_is_float, [record.value, *(info(one).value for one in operands_of)])):
+            if stays is not None and _computes_in_float(node, operands_of):
                 reasons[node] = stays
     return domains, reasons
+
+
+def _computes_in_float(node: fx.Node, operands: list[fx.Node]) -> bool:
+    """Whether a call that is no integers deals with real numbers: not with indices, nor with booleans made 0 and 1."""
+    reads = any(_is_float(info(operand).value) for operand in operands)
+    return reads or (_is_float(info(node).value) and info(node).op is not MASK)
 
 
 def _wanted(node: fx.Node, operands: list[_Domain], before: dict[fx.Node, str]) -> tuple[_Domain, str | None]:

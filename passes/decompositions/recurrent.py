@@ -97,10 +97,12 @@ class _Cell:
                 continue
             cut = self.part(gates, position, 1, f"{place}{name}.pre")
             opened.append(step(f"{place}{name}", op, cut))
-        cell = step(f"{place}update", ops.MUL, opened[0], opened[-2])
-        if c is not None:
+        if c is None:
+            cell = step(f"{place}cell", ops.MUL, opened[0], opened[-2])
+        else:
+            update = step(f"{place}update", ops.MUL, opened[0], opened[-2])
             kept = step(f"{place}kept", ops.MUL, opened[1], c)
-            cell = step(f"{place}cell", ops.ADD, kept, cell)
+            cell = step(f"{place}cell", ops.ADD, kept, update)
         return step(f"{place}hidden", ops.MUL, opened[-1], step(f"{place}cell_tanh", ops.TANH, cell)), cell
 
     def _gru(self, x: fx.Node, h: fx.Node | None, place: str) -> _State:
