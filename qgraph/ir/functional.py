@@ -32,3 +32,20 @@ def field(value: Any, name: str) -> Any:
 def copy_to(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`other` in the shape, dtype and layout of `input`: the pure form of `input.copy_(other)`."""
     return torch.empty_like(input).copy_(other)
+
+
+def mask(input: torch.Tensor, above: float | None = None, inverted: bool = False) -> torch.Tensor:
+    """Where attention may look: 1.0 where `input` holds (a boolean), or lies above a threshold, else 0.0.
+
+    Args:
+        input: any shape, boolean; a float tensor if `above` is given.
+        above: the threshold.
+        inverted: whether 1.0 and 0.0 change places.
+    """
+    allowed = input if above is None else input > above
+    return (~allowed if inverted else allowed).to(torch.float32)
+
+
+def mask_bias(input: torch.Tensor, above: float) -> torch.Tensor:
+    """What an additive mask (float, any shape) adds where it allows anything: 0 at and below the threshold `above`."""
+    return torch.where(input > above, input, 0.0)

@@ -158,8 +158,10 @@ def first_differing_node(
     found: list[tuple[fx.Node, Difference]] = []
 
     def compare(node: fx.Node, value: Any) -> None:
-        # A fused node computes what the last of the nodes it stands for computed.
-        known = next((values[site] for site in reversed(info(node).stands_for) if site in values), None)
+        # A fused node computes what the last of the nodes it stands for computed; a step of a composite does not.
+        record = info(node)
+        last = next((site for site in reversed(record.stands_for) if site in values), None)
+        known = None if last is None or record.site.startswith(f"{last}.") else values[last]
         if found or known is None or not isinstance(value, torch.Tensor):
             return
         difference = tensors_differ(where(node), known, value, numerics)
