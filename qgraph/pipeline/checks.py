@@ -40,9 +40,22 @@ class Difference:
 
 
 def run_example(gm: fx.GraphModule, example: ExampleInputs) -> Any:
-    """The graph's outputs on the example inputs, always the same: random draws are seeded, state is left alone."""
-    with _seeded(), torch.no_grad():
+    """The graph's outputs on the example inputs, always the same: random draws are seeded, state is left alone.
+
+    Attention takes no fused path, whose rounding is another one: capture took none either.
+    """
+    with _seeded(), torch.no_grad(), _without_fast_path():
         return evaluate(_disposable(gm), example.args, example.kwargs)
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
