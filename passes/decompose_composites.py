@@ -25,6 +25,9 @@ _RULES: dict[str, Decomposition] = {
     "normalize": norms.NORMALIZE,
     "batch_norm": norms.BATCH_NORM,
     "div": arithmetic.DIV,
+    "addcmul": arithmetic.ADDCMUL,
+    "addcdiv": arithmetic.ADDCDIV,
+    "lerp": arithmetic.LERP,
 }
 
 

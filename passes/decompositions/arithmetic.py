@@ -1,4 +1,10 @@
-"""Division by a computed value: `x / y` is `x * reciprocal(y)`."""
+"""Division by a computed value, and sums with a product inside.
+
+x / y                  x * reciprocal(y)
+addcmul(x, a, b, v)    x + v * (a * b)
+addcdiv(x, a, b, v)    x + v * (a * reciprocal(b))
+lerp(x, end, w)        x + w * (end - x)
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ from torch import fx
 from passes.decompositions.steps import Decomposition, Steps, float_input
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import bind
+from qgraph.lowering.base import is_number
 from qgraph.rewrite import Verdict, no, skip
 
 
@@ -26,3 +33,35 @@ def _div(node: fx.Node, steps: Steps) -> None:
 
 
 DIV = Decomposition(_check_div, _div, (ops.RECIPROCAL, ops.MUL))
+
+
+def _check_sum(node: fx.Node) -> Verdict:
+    value = bind(node).values.get("value", 1)
+    return float_input(node) if is_number(value) else no(f"it multiplies by {value!r}", node)
+
+
+def _addcmul(node: fx.Node, steps: Steps) -> None:
+    bound = bind(node)
+    product = steps.step("mul", ops.MUL, bound.operand("tensor1"), bound.operand("tensor2"))
+    steps.finish(ops.ADD, bound.operand("input"), product, alpha=bound.option("value"))
+
+
+def _addcdiv(node: fx.Node, steps: Steps) -> None:
+    bound = bind(node)
+    inverse = steps.step("reciprocal", ops.RECIPROCAL, bound.operand("tensor2"))
+    product = steps.step("mul", ops.MUL, bound.operand("tensor1"), inverse)
+    steps.finish(ops.ADD, bound.operand("input"), product, alpha=bound.option("value"))
+
+
+def _lerp(node: fx.Node, steps: Steps) -> None:
+    x, end, weight = (bind(node).operand(name) for name in ("input", "end", "weight"))
+    way = steps.step("sub", ops.SUB, end, x)
+    if isinstance(weight, fx.Node):
+        steps.finish(ops.ADD, x, steps.step("mul", ops.MUL, way, weight))
+    else:
+        steps.finish(ops.ADD, x, way, alpha=weight)
+
+
+ADDCMUL = Decomposition(_check_sum, _addcmul, (ops.MUL, ops.ADD))
+ADDCDIV = Decomposition(_check_sum, _addcdiv, (ops.RECIPROCAL, ops.MUL, ops.ADD))
+LERP = Decomposition(_check_sum, _lerp, (ops.SUB, ops.MUL, ops.ADD))

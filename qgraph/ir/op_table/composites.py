@@ -191,3 +191,32 @@ MASK = define(
     target=QF.mask,
 )
 MASK_BIAS = define("mask_bias", OpKind.COMPOSITE, lambda input, above: None, target=QF.mask_bias)
+
+
+def _sum_of_product(name: str) -> Op:
+    return define(
+        name,
+        OpKind.COMPOSITE,
+        lambda input, tensor1, tensor2, value=1: None,
+        "input tensor1 tensor2",
+        target=getattr(torch, name),
+        spelled=(getattr(aten, name).default, name),
+        in_place=(f"{name}_",),
+        shape=ShapeRule.BROADCAST,
+        decomposition=name,
+    )
+
+
+ADDCMUL = _sum_of_product("addcmul")
+ADDCDIV = _sum_of_product("addcdiv")
+LERP = define(
+    "lerp",
+    OpKind.COMPOSITE,
+    lambda input, end, weight: None,
+    "input end weight",
+    target=torch.lerp,
+    spelled=(aten.lerp.Scalar, aten.lerp.Tensor, "lerp"),
+    in_place=("lerp_",),
+    shape=ShapeRule.BROADCAST,
+    decomposition="lerp",
+)
