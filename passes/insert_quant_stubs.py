@@ -18,7 +18,7 @@ from qgraph.ir.arguments import coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.node_info import graph_info, info, update_graph_info
 from qgraph.ir.op import OpKind, QuantRule
-from qgraph.ir.op_table import CONSTANT, DEQUANT_STUB, FIELD, ITEM, OPAQUE, QUANT_STUB
+from qgraph.ir.op_table import CONSTANT, DEQUANT_STUB, FIELD, ITEM, MASK, MASK_BIAS, OPAQUE, QUANT_STUB
 from qgraph.ir.stage import Stage
 from qgraph.ir.values import TensorSpec, holds_floats
 from qgraph.lowering import support
@@ -28,6 +28,7 @@ from qgraph.targets import get_target
 
 _CONTAINER = "stubs"
 _BEFORE_STUB = "it comes before the model's own QuantStub"
+_MASK = "it makes a mask, whose 0 and 1 are exact codes"
 _AFTER_STUB = "it comes after the model's own DeQuantStub"
 
 
@@ -83,7 +84,7 @@ class _Placement:
 
     def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         self.target = ctx.target or get_target("bpu")
-        self.before = _before_user_stubs(gm)
+        self.before = {**_before_masks(gm), **dict.fromkeys(_before_user_stubs(gm), _BEFORE_STUB)}
         self.values: dict[fx.Node, _Domain] = {}
         self.reads: dict[fx.Node, _Domain] = {}
         self.reasons: dict[fx.Node, str] = {}
@@ -111,7 +112,7 @@ class _Placement:
         verdict = support(node, self.target) if wanted is _Domain.CODES else None
         if verdict is not None and not verdict:
             wanted, stays = _Domain.REAL, verdict.reason
-        if stays is not None:
+        if stays is not None and record.op is not MASK:  # truth values made 0 and 1 are no computation
             self.reasons[node] = stays
         return wanted
 
@@ -131,20 +132,20 @@ class _Placement:
         if not holds_floats(info(node).value):
             return (_Domain.OTHER if plain else _Domain.CONSTANT), None
         if node in self.before:
-            return _Domain.REAL, _BEFORE_STUB
+            return _Domain.REAL, self.before[node]
         moves = bool(node.all_input_nodes) and quant_rule(node) is QuantRule.SAME
         # What folding left depends on the batch size only: expanding codes is cheaper than expanding reals.
         return (_Domain.CODES if moves or plain else _Domain.CONSTANT), None
 
 
-def _wanted(node: fx.Node, operands: list[_Domain], before: set[fx.Node]) -> tuple[_Domain, str | None]:
+def _wanted(node: fx.Node, operands: list[_Domain], before: dict[fx.Node, str]) -> tuple[_Domain, str | None]:
     """The domain a call should be in by its operands, and why it is not integers if that needs saying."""
     if _Domain.CODES in operands:
         return _Domain.CODES, None
     if _Domain.AFTER in operands:
         return _Domain.AFTER, _AFTER_STUB
     if node in before:
-        return _Domain.REAL, _BEFORE_STUB
+        return _Domain.REAL, before[node]
     if _Domain.RAW not in operands and quant_rule(node) in (QuantRule.SAME, QuantRule.PLAIN):
         return _Domain.REAL, None  # moving or comparing what an operator in float made gains nothing from codes
     return _Domain.CODES, None
@@ -153,13 +154,30 @@ def _wanted(node: fx.Node, operands: list[_Domain], before: set[fx.Node]) -> tup
 def _before_user_stubs(gm: fx.GraphModule) -> set[fx.Node]:
     """Ancestors of the user's quant stubs."""
     found: set[fx.Node] = set()
-    pending = [node for node in gm.graph.nodes if info(node).op is QUANT_STUB]
+    pending = [node for node in gm.graph.nodes if info(node).op is QUANT_STUB and not _reads_mask(node)]
     while pending:
         for operand in pending.pop().all_input_nodes:
             if operand not in found and info(operand).op is not DEQUANT_STUB:
                 found.add(operand)
                 pending.append(operand)
     return found
+
+
+def _before_masks(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """What only serves to make the masks of attention, each with the reason why it stays float."""
+    found: dict[fx.Node, str] = {}
+    pending = [node for node in gm.graph.nodes if info(node).op in (MASK, MASK_BIAS)]
+    while pending:
+        node = pending.pop()
+        if node in found or not (info(node).op in (MASK, MASK_BIAS) or all(user in found for user in node.users)):
+            continue
+        found[node] = _MASK
+        pending += node.all_input_nodes
+    return found
+
+
+def _reads_mask(stub: fx.Node) -> bool:
+    return info(stub.all_input_nodes[0]).op is MASK
 
 
 def _read_values(node: fx.Node) -> list[fx.Node]:

@@ -185,19 +185,22 @@ def _complete(node: fx.Node, op: Op, given: dict[str, Any]) -> dict[str, Any]:
 
 def _bind_module(node: fx.Node, op: Op) -> Bound:
     module = module_of(node)
-    inputs = [name for name in op.operands if name not in op.parameters]
+    inputs = op.called_with or tuple(name for name in op.operands if name not in op.parameters)
     if len(node.args) > len(inputs) and inputs:
         raise VerifyError(f"{op} as a module takes {len(inputs)} arguments, got {len(node.args)}", where=where(node))
     values = dict(zip(inputs, node.args, strict=False)) | dict(node.kwargs)
     renamed = op.modules.get(type(module), {})
     for name in op.options:
+        if name in inputs and name in values:
+            continue
         attribute = renamed.get(name, name)
         default = op.default(name)
         value: Any = attribute.value if isinstance(attribute, Fixed) else getattr(module, attribute, default)
         if value is not inspect.Parameter.empty:
             values[name] = value
     for name in inputs:
-        values.setdefault(name, None)
+        if name in op.operands:
+            values.setdefault(name, None)
     return Bound(op, values, module=module)
 
 

@@ -59,3 +59,20 @@ def grid_sample(
 ) -> torch.Tensor:
     """`F.grid_sample`, which warns unless `align_corners` is given."""
     return F.grid_sample(input, grid, mode, padding_mode, align_corners)
+
+
+def mask(input: torch.Tensor, above: float | None = None, inverted: bool = False) -> torch.Tensor:
+    """Where attention may look: 1.0 where `input` holds (a boolean), or lies above a threshold, else 0.0.
+
+    Args:
+        input: any shape, boolean; a float tensor if `above` is given.
+        above: the threshold.
+        inverted: whether 1.0 and 0.0 change places.
+    """
+    allowed = input if above is None else input > above
+    return (~allowed if inverted else allowed).to(torch.float32)
+
+
+def mask_bias(input: torch.Tensor, above: float) -> torch.Tensor:
+    """What an additive mask (float, any shape) adds where it allows anything: 0 at and below the threshold `above`."""
+    return torch.where(input > above, input, 0.0)

@@ -119,6 +119,7 @@ class Op:
             their fixed values.
         parameters: operands held by the module as parameters or buffers.
         plain: operands that are no codes: masks of truth values and indices, which pass as they are.
+        called_with: what a call of the module takes, in order; None for the operands that are no `parameters`.
         quant: where the result gets its scale from; a function of the arguments where it depends on options.
         lowering: name of the lowering that takes it to integers; None for none.
         positions: operands that say where another operand is read; what computes them needs 16 bits.
@@ -141,6 +142,7 @@ class Op:
     modules: Mapping[type[nn.Module], Mapping[str, str | Fixed]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
+    called_with: tuple[str, ...] | None = None
     quant: QuantRule | Callable[[Mapping[str, Any]], QuantRule] = QuantRule.FLOAT
     lowering: str | None = None
     positions: tuple[str, ...] = ()

@@ -253,6 +253,9 @@ def support(node: fx.Node, target: Target) -> Verdict:
     if info(node).in_place or info(node).unstable:
         return no("its memory is written in place", node)
     if lowering is None:
+        found = info(node).float_reason  # of the pass that should have taken it apart
+        if found is not None:
+            return no(found, node)
         return no(op.refusal or f"no integer form of {called_name(node) if op is OPAQUE else op} is known", node)
     if target.rule(op.name) is None:
         return no(f"{target.name} has no {op}", node)
