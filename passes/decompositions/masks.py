@@ -243,9 +243,15 @@ def _adds_nothing_else(node: fx.Node) -> bool:
     filled = _filled(node)
     if filled is None:
         return False
-    kept = constant_of(filled.kept)
-    zeros = _number(filled.kept) == 0 or (kept is not None and not bool(kept.any()))
-    return (zeros and _is_low(filled.number)) or (filled.number == 0 and _is_low(_number(filled.kept)))
+    return (_is_zero(filled.kept) and _is_low(filled.number)) or (filled.number == 0 and _is_low(_number(filled.kept)))
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a value is known to be 0 everywhere."""
+    tensor = constant_of(value)
+    if tensor is not None:
+        return not bool(tensor.any())
+    return _called(value) in ("zeros", "zeros_like", "new_zeros") if isinstance(value, fx.Node) else value == 0
 
 
 def _allowed(steps: Steps, mask: fx.Node, name: str, *, above: float | None = None, inverted: bool = False) -> fx.Node:

@@ -16,7 +16,7 @@ from qgraph.ir.node_info import graph_info, info, module_of
 from qgraph.ir.op_table import LINEAR, MASK, MASK_BIAS, QUANT_STUB, UNFLATTEN
 from qgraph.pipeline import CheckLevel, PassContext, Pipeline
 from qgraph.targets import get_target
-from tests.passes.models import before_and_after, check_all, check_values
+from tests.passes.models import before_and_after, capture_and_run, check_all, check_values
 from tests.support.models import Forward
 from tests.support.passes import count_ops, nodes_of, refusal_with, relative_error, run_passes
 
@@ -283,6 +283,16 @@ def test_a_mask_of_unknown_values_keeps_them() -> None:
     model = with_attention(ATTENTION["a computed additive mask"])
     gm = run_passes(model, tokens(), LAYERS).gm
     assert len(nodes_of(gm, MASK)) == len(nodes_of(gm, MASK_BIAS)) == 1
+
+
+def test_zeros_filled_with_a_low_number_add_nothing() -> None:
+    """As torch's own encoder turns a boolean mask into an additive one."""
+    model = with_attention(
+        lambda m, x: m.attn(x, x, x, attn_mask=torch.zeros_like(m.bias).masked_fill_(visible(x)[0] < 1, -torch.inf))[0]
+    )
+    gm = capture_and_run(model, tokens(), LAYERS).gm
+    assert len(nodes_of(gm, MASK)) == 1
+    assert not nodes_of(gm, MASK_BIAS)
 
 
 def test_scores_far_below_zero_keep_their_weights() -> None:
