@@ -170,13 +170,16 @@ class _Filled:
 
 def _filled(node: fx.Node) -> _Filled | None:
     """What `masked_fill` or `where` fills with a number, whatever the spelling."""
-    if len(node.args) != 3 or node.kwargs:
+    given = (*node.args, *node.kwargs.values())
+    if len(given) != 3:
         return None
     if _called(node) in ("masked_fill", "masked_fill.Scalar", "masked_fill.Tensor"):
-        kept, condition, number = node.args
+        kept, condition, number = given
         return _filling(kept, number, condition, inverted=True)
     if _called(node) in ("where", "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar"):
-        condition, one, two = node.args
+        one, condition, two = given
+        if node.op != "call_method":
+            condition, one, two = given
         return _filling(one, two, condition, inverted=False) or _filling(two, one, condition, inverted=True)
     return None
 

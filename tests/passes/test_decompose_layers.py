@@ -93,6 +93,10 @@ ATTENTION: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "softmax behind where, the other way": lambda m, x: torch.where(
         ~visible(x), torch.tensor(-torch.inf), x @ x.transpose(1, 2)
     ).softmax(-1),
+    "softmax behind where, as a method": lambda m, x: (x @ x.transpose(1, 2)).where(visible(x), -1e9).softmax(-1),
+    "softmax behind a mask filled by name": lambda m, x: torch.masked_fill(
+        x @ x.transpose(1, 2), mask=~visible(x), value=-1e9
+    ).softmax(-1),
     "softmax behind an additive mask": lambda m, x: (x @ x.transpose(1, 2) + m.additive).softmax(-1),
     "softmax behind a moved mask": lambda m, x: (m.additive[None] + m.bias + x @ x.transpose(1, 2)).softmax(-1),
     "softmax behind an extended mask": lambda m, x: (
@@ -116,6 +120,13 @@ def with_attention(forward: Callable[[Any, torch.Tensor], Any]) -> nn.Module:
         additive=torch.zeros(5, 5).masked_fill(~lower, -torch.inf),
         bias=torch.randn(5, 5),
     ).eval()
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if name.startswith("softmax behind")])
+def test_scores_are_masked_by_a_factor(name: str) -> None:
+    gm = run_passes(with_attention(ATTENTION[name]), tokens(), LAYERS).gm
+    sites = {info(node).site.rpartition(".")[2] for node in gm.graph.nodes}
+    assert {"lift", "masked", "kept"} <= sites
 
 
 @pytest.mark.parametrize("name", ATTENTION)
