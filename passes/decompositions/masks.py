@@ -170,13 +170,16 @@ class _Filled:
 
 def _filled(node: fx.Node) -> _Filled | None:
     """What `masked_fill` or `where` fills with a number, whatever the spelling."""
-    if len(node.args) != 3 or node.kwargs:
+    given = (*node.args, *node.kwargs.values())
+    if len(given) != 3:
         return None
     if _called(node) in ("masked_fill", "masked_fill.Scalar", "masked_fill.Tensor"):
-        kept, condition, number = node.args
+        kept, condition, number = given
         return _filling(kept, number, condition, inverted=True)
     if _called(node) in ("where", "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar"):
-        condition, one, two = node.args
+        one, condition, two = given
+        if node.op != "call_method":
+            condition, one, two = given
         return _filling(one, two, condition, inverted=False) or _filling(two, one, condition, inverted=True)
     return None
 
@@ -243,9 +246,15 @@ def _adds_nothing_else(node: fx.Node) -> bool:
     filled = _filled(node)
     if filled is None:
         return False
-    kept = constant_of(filled.kept)
-    zeros = _number(filled.kept) == 0 or (kept is not None and not bool(kept.any()))
-    return (zeros and _is_low(filled.number)) or (filled.number == 0 and _is_low(_number(filled.kept)))
+    return (_is_zero(filled.kept) and _is_low(filled.number)) or (filled.number == 0 and _is_low(_number(filled.kept)))
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a value is known to be 0 everywhere."""
+    tensor = constant_of(value)
+    if tensor is not None:
+        return not bool(tensor.any())
+    return _called(value) in ("zeros", "zeros_like", "new_zeros") if isinstance(value, fx.Node) else value == 0
 
 
 def _allowed(steps: Steps, mask: fx.Node, name: str, *, above: float | None = None, inverted: bool = False) -> fx.Node:

@@ -40,22 +40,9 @@ class Difference:
 
 
 def run_example(gm: fx.GraphModule, example: ExampleInputs) -> Any:
-    """The graph's outputs on the example inputs, always the same: random draws are seeded, state is left alone.
-
-    Attention takes no fused path, whose rounding is another one: capture took none either.
-    """
-    with _seeded(), torch.no_grad(), _without_fast_path():
+    """The graph's outputs on the example inputs, always the same: random draws are seeded, state is left alone."""
+    with _seeded(), torch.no_grad(), _without_attention_fast_path():
         return evaluate(_disposable(gm), example.args, example.kwargs)
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -66,6 +53,17 @@ def _seeded() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+@contextmanager
+def _without_attention_fast_path() -> Iterator[None]:
+    """It adds in another order, and whether it is taken depends on who listens; captures run without it too."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _disposable(gm: fx.GraphModule) -> fx.GraphModule:

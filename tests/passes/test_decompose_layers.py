@@ -16,7 +16,7 @@ from qgraph.ir.node_info import graph_info, info, module_of
 from qgraph.ir.op_table import LINEAR, MASK, MASK_BIAS, QUANT_STUB, UNFLATTEN
 from qgraph.pipeline import CheckLevel, PassContext, Pipeline
 from qgraph.targets import get_target
-from tests.passes.models import before_and_after, check_all, check_values
+from tests.passes.models import before_and_after, capture_and_run, check_all, check_values
 from tests.support.models import Forward
 from tests.support.passes import count_ops, nodes_of, refusal_with, relative_error, run_passes
 
@@ -93,6 +93,10 @@ ATTENTION: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "softmax behind where, the other way": lambda m, x: torch.where(
         ~visible(x), torch.tensor(-torch.inf), x @ x.transpose(1, 2)
     ).softmax(-1),
+    "softmax behind where, as a method": lambda m, x: (x @ x.transpose(1, 2)).where(visible(x), -1e9).softmax(-1),
+    "softmax behind a mask filled by name": lambda m, x: torch.masked_fill(
+        x @ x.transpose(1, 2), mask=~visible(x), value=-1e9
+    ).softmax(-1),
     "softmax behind an additive mask": lambda m, x: (x @ x.transpose(1, 2) + m.additive).softmax(-1),
     "softmax behind a moved mask": lambda m, x: (m.additive[None] + m.bias + x @ x.transpose(1, 2)).softmax(-1),
     "softmax behind an extended mask": lambda m, x: (
@@ -116,6 +120,13 @@ def with_attention(forward: Callable[[Any, torch.Tensor], Any]) -> nn.Module:
         additive=torch.zeros(5, 5).masked_fill(~lower, -torch.inf),
         bias=torch.randn(5, 5),
     ).eval()
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if name.startswith("softmax behind")])
+def test_scores_are_masked_by_a_factor(name: str) -> None:
+    gm = run_passes(with_attention(ATTENTION[name]), tokens(), LAYERS).gm
+    sites = {info(node).site.rpartition(".")[2] for node in gm.graph.nodes}
+    assert {"lift", "masked", "kept"} <= sites
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -283,6 +294,16 @@ def test_a_mask_of_unknown_values_keeps_them() -> None:
     model = with_attention(ATTENTION["a computed additive mask"])
     gm = run_passes(model, tokens(), LAYERS).gm
     assert len(nodes_of(gm, MASK)) == len(nodes_of(gm, MASK_BIAS)) == 1
+
+
+def test_zeros_filled_with_a_low_number_add_nothing() -> None:
+    """As torch's own encoder turns a boolean mask into an additive one."""
+    model = with_attention(
+        lambda m, x: m.attn(x, x, x, attn_mask=torch.zeros_like(m.bias).masked_fill_(visible(x)[0] < 1, -torch.inf))[0]
+    )
+    gm = capture_and_run(model, tokens(), LAYERS).gm
+    assert len(nodes_of(gm, MASK)) == 1
+    assert not nodes_of(gm, MASK_BIAS)
 
 
 def test_scores_far_below_zero_keep_their_weights() -> None:
