@@ -197,7 +197,10 @@ def read_tensor(reader: RecordReader, entry: Any) -> torch.Tensor:
     if needs_gradient and not tensor.is_floating_point() and not tensor.is_complex():
         raise ArtifactError("a tensor of integers asks for gradients")
     if flag(found.get("parameter", False)):
-        return nn.Parameter(tensor, requires_grad=needs_gradient)
+        known = reader.parameters.setdefault(found["tensor"], nn.Parameter(tensor, requires_grad=needs_gradient))
+        if known.requires_grad is not needs_gradient:
+            raise ArtifactError("a parameter both asks for gradients and does not")
+        return known
     return tensor.requires_grad_() if needs_gradient else tensor
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qgraph.artifact.known import KnownFunctions, class_name
 from qgraph.artifact.values import ValueReader, ValueWriter, listed, mapping, text, understood, whole
@@ -104,6 +104,7 @@ class RecordReader(ValueReader):
     def __init__(self, tensors: Any, classes: Any, functions: KnownFunctions) -> None:
         super().__init__(tensors, classes)
         self.functions = functions
+        self.parameters: dict[str, nn.Parameter] = {}  # tied weights stay one parameter
 
     def record(self, kind: type[Any], entry: Any) -> Any:
         """The dataclass that some JSON stands for.

@@ -195,11 +195,11 @@ def understood(what: str) -> Any:
 
 @contextmanager
 def placed(where: str) -> Any:
-    """Says of errors where they arose, if they do not know."""
+    """Says of errors where they arose, before what they know themselves."""
     try:
         yield
     except ArtifactError as error:
-        error.where = error.where or where
+        error.where = f"{where}, {error.where}" if error.where else where
         raise
 
 
