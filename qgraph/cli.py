@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 
-conformance = typer.Typer(help="Compare an implementation with an integer graph, tensor by tensor.", no_args_is_help=True)
+conformance = typer.Typer(help="Compare with an integer graph, tensor by tensor.", no_args_is_help=True)
 app.add_typer(conformance, name="conformance")
 
 

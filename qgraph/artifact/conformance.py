@@ -145,7 +145,8 @@ def read_pack(
             raise ArtifactError("the file is no conformance pack", fix="make one with qgraph conformance pack")
         known = KnownClasses(classes)
         gm = graph_of(members, known)
-        document = mapping(parse_json(members[CASES_MEMBER], CASES_MEMBER), frozenset(("cases", "strides")), frozenset())
+        document = parse_json(members[CASES_MEMBER], CASES_MEMBER)
+        mapping(document, frozenset(("cases", "strides")), frozenset())
         tensors = TensorReader(members[VALUES_MEMBER], mapping(document["strides"]))
         cases = [_read_case(ValueReader(tensors, known), entry) for entry in listed(document["cases"])]
         tensors.require_all_used()

@@ -11,14 +11,15 @@ from torch import fx
 
 from qgraph.capture.inputs import varied
 from qgraph.capture.layout import laid_out_as
-from qgraph.capture.structure import Path, map_leaves, leaves
+from qgraph.capture.structure import Path, leaves, map_leaves
 from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import info
 from qgraph.ir.op_table import FIELD, GUARD, ITEM, SIZE
 from qgraph.numerics import QParams
 
 Inputs = dict[str, Any]
-_MOST_CODES = 1 << 16
+_MOST_CODES = (1 << 16) + 1
+_NEIGHBOURS = 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def input_uses(gm: fx.GraphModule, example: Inputs) -> dict[tuple[str, Path], In
 def ties(qparams: QParams) -> torch.Tensor:
     """Sorted float32 values `x` for which `x * (1 / scale)`, rounded to float32, is exactly `k + 0.5`.
 
-    Those found within two float32 neighbours of `(k + 0.5) * scale`, for each `k` from one step below the lowest code to
-    one above the highest; of wide formats, for 65536 of them.
+    All of them near `(k + 0.5) * scale`, for each `k` from one step below the lowest code to one above the highest; of
+    formats wider than 16 bits, for 65537 of these. Not every `k` has one: the product is rounded, too.
     """
     qtype, zero = qparams.qtype, int(qparams.zero_points())
     low, high = qtype.qmin - zero - 1, qtype.qmax - zero
@@ -75,11 +76,12 @@ def ties(qparams: QParams) -> torch.Tensor:
     candidates = [near]
     for direction in (-torch.inf, torch.inf):
         step = near
-        for _ in range(2):
+        for _ in range(_NEIGHBOURS):
             step = torch.nextafter(step, torch.full_like(step, direction))
             candidates.append(step)
     tried = torch.stack(candidates)
-    return tried[tried * inverse == wanted].unique()
+    found: torch.Tensor = tried[tried * inverse == wanted].unique()
+    return found
 
 
 def _use(node: fx.Node | None) -> InputUse:

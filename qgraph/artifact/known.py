@@ -55,12 +55,17 @@ _STRUCTURE: dict[str, Function] = {
 _CREATION = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
 # Methods that hand out memory, numbers or hooks instead of computing a tensor.
 _NO_METHODS = frozenset(
-    "apply_ const_data_ptr map_ set_ resize_ resize_as_ requires_grad_ share_memory_ backward data_ptr numpy tolist storage "
-    "untyped_storage register_hook register_post_accumulate_grad_hook record_stream retain_grad module_load".split()
+    (
+        *("backward", "const_data_ptr", "data_ptr", "numpy", "tolist", "storage", "untyped_storage", "module_load"),
+        *("register_hook", "register_post_accumulate_grad_hook", "record_stream", "retain_grad"),
+    )
 )
 _NO_LEAVES = frozenset(
-    "AdaptiveLogSoftmaxWithLoss Container DataParallel Module ModuleDict ModuleList ParameterDict ParameterList "
-    "RNNBase RNNCellBase Sequential Transformer TransformerDecoder TransformerDecoderLayer TransformerEncoder TransformerEncoderLayer".split()
+    (
+        *("AdaptiveLogSoftmaxWithLoss", "Container", "DataParallel", "Module", "ModuleDict", "ModuleList"),
+        *("ParameterDict", "ParameterList", "RNNBase", "RNNCellBase", "Sequential", "Transformer"),
+        *("TransformerDecoder", "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer"),
+    )
 )
 _CONTAINERS: dict[str, type[Any]] = {
     "dict": dict,

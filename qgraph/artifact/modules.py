@@ -21,7 +21,7 @@ from qgraph.capture.guard import InputGuard, Rule
 from qgraph.capture.inputs import BatchChoice
 from qgraph.capture.sizes import Condition
 from qgraph.errors import ArtifactError
-from qgraph.nn import Activation, Affine
+from qgraph.nn import Activation, Affine, Fused
 from qgraph.nn.fused import FUSED_CLASSES, as_fused
 
 GUARD = "qgraph.InputGuard"
@@ -37,7 +37,7 @@ _GUARD_FIELDS: dict[str, Any] = {
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hook" in name)
 _RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
-_FUSED = {fused: plain for plain, fused in FUSED_CLASSES.items()}
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {fused: plain for plain, fused in FUSED_CLASSES.items()}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def _options(module: nn.Module) -> dict[str, Any]:
     """Constructor options that the module shows as attributes and that differ from the defaults."""
     if isinstance(module, Affine):
         return {}
-    kind = _FUSED.get(type(module), type(module))  # type: ignore[call-overload]
+    kind = _FUSED.get(type(module), type(module))
     parameters = inspect.signature(kind.__init__).parameters
     names = [name for name in parameters if name not in ("self", "args", "kwargs", "device", "dtype")]
     if isinstance(module, nn.RNNBase):
@@ -103,7 +103,7 @@ def _options(module: nn.Module) -> dict[str, Any]:
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
         if type(value) is not type(default) or value != default:
             found[name] = value
-    if kind is not type(module):
+    if isinstance(module, Fused):
         found.update(activation=module.activation.value, adds=module.adds)
     return found
 
@@ -129,7 +129,7 @@ def _check_same(module: nn.Module, twin: nn.Module, path: str) -> None:
             raise _unlike(place, "it has hooks")
         _check_attributes(part, others[name], place)
     for (name, tensor), (other, like) in zip(_tensors(module), _tensors(twin), strict=False):
-        if name != other or tensor.shape != like.shape:
+        if name != other or (tensor.shape != like.shape and not isinstance(module, Affine)):
             raise _unlike(path, f"its tensor {name} has the shape {list(tensor.shape)}")
     if len(list(_tensors(module))) != len(list(_tensors(twin))):
         raise _unlike(path, "it holds other tensors")
@@ -213,7 +213,7 @@ def _built(kind: type[nn.Module], options: dict[str, Any]) -> nn.Module:
             return kind(**options)
         rest = dict(options)
         activation, adds = Activation(rest.pop("activation")), rest.pop("adds")
-        fused = as_fused(_FUSED[kind](**rest))  # type: ignore[index]
+        fused = as_fused(_FUSED[kind](**rest))
         fused.activation, fused.adds = activation, adds
         return fused
 
@@ -225,8 +225,8 @@ def _fill(reader: RecordReader, module: nn.Module, tensors: dict[str, Any], path
         raise ArtifactError(f"the tensors of the module {path} do not fit its class: {names[:200]}")
     for name, like in expected.items():
         tensor = read_tensor(reader, tensors[name])
-        free = isinstance(module, Affine)
-        if (tensor.shape != like.shape and not free) or isinstance(like, nn.Parameter) != isinstance(tensor, nn.Parameter):
+        fits = tensor.shape == like.shape or isinstance(module, Affine)
+        if not fits or isinstance(like, nn.Parameter) != isinstance(tensor, nn.Parameter):
             raise ArtifactError(f"the tensor {path}.{name} is not what its module's class and options ask for")
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, tensor)

@@ -1,7 +1,7 @@
 """Dataclasses as JSON, read back by the type hints of their fields.
 
-A hint both writes and checks: a field of type `str` takes a text and nothing else. New fields of records and targets travel
-without a change here, as long as their types are among those below.
+A hint both writes and checks: a field of type `str` takes a text and nothing else. New fields of records and targets
+travel without a change here, as long as their types are among those below.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RecordWriter(ValueWriter):
             ArtifactError: a file cannot hold one of them.
         """
         written = {}
-        for name, hint, default in fields_of(type(value)):
+        for name, hint, default in fields_of(type(value)):  # type: ignore[arg-type]
             entry = getattr(value, name)
             if name not in leave_out and not _is_default(entry, default):
                 written[name] = self.typed(entry, hint)
@@ -88,7 +88,7 @@ class RecordWriter(ValueWriter):
             return value.value
         if dataclasses.is_dataclass(hint):
             return self.record(value)
-        raise ArtifactError(f"a file cannot hold a {class_name(type(value))}", fix="teach qgraph.artifact.records the type")
+        raise ArtifactError(f"a file cannot hold a {class_name(type(value))} in a field of type {hint}")
 
     def _one_of(self, value: Any, parts: list[Any]) -> Any:
         chosen = next((part for part in parts if _is_a(value, part)), None)
@@ -112,7 +112,7 @@ class RecordReader(ValueReader):
         Raises:
             ArtifactError: a field is missing, unknown or of another type.
         """
-        fields = fields_of(kind)
+        fields = fields_of(kind)  # type: ignore[arg-type]
         required = frozenset(name for name, _, default in fields if default is _EMPTY)
         found = mapping(entry, required, frozenset(name for name, _, _ in fields))
         values = {name: self.typed(found[name], hint, name) for name, hint, _ in fields if name in found}
@@ -180,7 +180,8 @@ class RecordReader(ValueReader):
         for part in parts:
             if part not in tagged.values() and _may_be(entry, part):
                 return self.typed(entry, part)
-        raise ArtifactError(f"{str(entry)[:80]!r} is none of {', '.join(getattr(p, '__name__', str(p)) for p in parts)}")
+        names = ", ".join(getattr(part, "__name__", str(part)) for part in parts)
+        raise ArtifactError(f"{str(entry)[:80]!r} is none of {names}")
 
 
 # What the modules of the records write as text, because the definitions name themselves or each other.
@@ -188,7 +189,7 @@ _NAMES = {"ValueSpec": _Spec, "Named": Target, "Expression": Linear | SizeOf | C
 
 
 @lru_cache
-def fields_of(kind: type[Any]) -> tuple[tuple[str, Any, Any], ...]:
+def fields_of(kind: Any) -> tuple[tuple[str, Any, Any], ...]:
     """Name, type and default of each field of a dataclass; `MISSING` where there is no default."""
     hints = typing.get_type_hints(kind, localns=_NAMES)
     return tuple((field.name, hints[field.name], _default(field)) for field in dataclasses.fields(kind))
@@ -233,7 +234,7 @@ def _may_be(entry: Any, hint: Any) -> bool:
 
 
 def _write_qparams(writer: RecordWriter, qparams: QParams) -> Any:
-    written = {"format": str(qparams.qtype), "scale": qparams.scale.tolist()}
+    written: dict[str, Any] = {"format": str(qparams.qtype), "scale": qparams.scale.tolist()}
     if qparams.zero_point is not None:
         written["zero_point"] = qparams.zero_point.tolist()
     return written if qparams.axis is None else {**written, "axis": qparams.axis}

@@ -1,7 +1,7 @@
 """Values as JSON: arguments of nodes, example inputs, and records whose type hints say how to read them back.
 
-A value whose kind JSON has (None, bool, int, float, text, list) stands for itself; any other is an object with one key that
-names its kind: {"node": "conv1"}, {"tuple": [...]}, {"dtype": "int8"}. Records (dataclasses) are objects of their
+A value whose kind JSON has (None, bool, int, float, text, list) stands for itself; any other is an object with one key
+that names its kind: {"node": "conv1"}, {"tuple": [...]}, {"dtype": "int8"}. Records (dataclasses) are objects of their
 fields, without those at their default; what a field holds is known from its type.
 """
 
@@ -205,17 +205,20 @@ def placed(where: str) -> Any:
 
 def text(entry: Any) -> str:
     """A text of the file."""
-    return _of_kind(entry, str, "a text")
+    found: str = _of_kind(entry, str, "a text")
+    return found
 
 
 def whole(entry: Any) -> int:
     """A whole number of the file."""
-    return _of_kind(entry, int, "a whole number")
+    found: int = _of_kind(entry, int, "a whole number")
+    return found
 
 
 def flag(entry: Any) -> bool:
     """A truth value of the file."""
-    return _of_kind(entry, bool, "true or false")
+    found: bool = _of_kind(entry, bool, "true or false")
+    return found
 
 
 def listed(entry: Any, length: int | None = None) -> list[Any]:
@@ -226,7 +229,9 @@ def listed(entry: Any, length: int | None = None) -> list[Any]:
     return found
 
 
-def mapping(entry: Any, required: frozenset[str] = frozenset(), optional: frozenset[str] | None = None) -> dict[str, Any]:
+def mapping(
+    entry: Any, required: frozenset[str] = frozenset(), optional: frozenset[str] | None = None
+) -> dict[str, Any]:
     """An object of the file; with `optional`, one that has no other keys than these and the required ones."""
     found: dict[str, Any] = _of_kind(entry, dict, "an object")
     missing = required - found.keys()

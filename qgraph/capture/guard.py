@@ -20,6 +20,8 @@ from qgraph.ir.op_table import GUARD, OPS
 
 @dataclass(frozen=True)
 class TensorRule:
+    """What a tensor among the inputs must be."""
+
     place: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,12 +31,16 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class ValueRule:
+    """What another value among the inputs must equal."""
+
     place: str
     value: Any
 
 
 @dataclass(frozen=True)
 class ContainerRule:
+    """What a container among the inputs must hold."""
+
     name: str
     path: Path
     kind: type[Any]
@@ -119,9 +125,7 @@ class InputGuard(nn.Module):
     def _rule(self, name: str, path: Path, value: Any, batched: set[Place]) -> Rule:
         if isinstance(value, torch.Tensor):
             layout = TensorLayout(value) if self.layout else None
-            return TensorRule(
-                format_path(name, path), tuple(value.shape), value.dtype, (name, path) in batched, layout
-            )
+            return TensorRule(format_path(name, path), tuple(value.shape), value.dtype, (name, path) in batched, layout)
         found = parts(value)
         if found is None:
             return ValueRule(format_path(name, path), value)

@@ -6,8 +6,8 @@ Tuples, lists and dicts are part of fx's output argument. Other containers are r
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable, Mapping
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -134,7 +134,13 @@ class BuilderParts:
     kind: type[Any]
 
 
-_FORMS = {"sequence": _SequenceBuilder, "dataclass": _DataclassBuilder, "mapping": _MappingBuilder, "pairs": _PairsBuilder}
+_FORMS: dict[str, type[_Builder]] = {
+    "sequence": _SequenceBuilder,
+    "dataclass": _DataclassBuilder,
+    "mapping": _MappingBuilder,
+    "pairs": _PairsBuilder,
+}
+_PLAIN_MAPPINGS = (dict, OrderedDict)
 
 
 def is_builder(function: object) -> bool:
@@ -149,7 +155,8 @@ def builder_parts(builder: object) -> BuilderParts:
         ArtifactError: it fills a mapping with a state of its own.
     """
     assert isinstance(builder, _Builder)
-    if isinstance(builder, _MappingBuilder) and (builder.kind not in (dict, OrderedDict) or getattr(builder.shell, '__dict__', None)):
+    shell = builder.shell if isinstance(builder, _MappingBuilder) else {}
+    if type(shell) not in _PLAIN_MAPPINGS or getattr(shell, "__dict__", None):
         raise ArtifactError(
             f"a file cannot hold an output of class {builder.kind.__name__}",
             why="a mapping of a class of its own may hold more than its entries",
@@ -166,11 +173,13 @@ def builder_of(described: BuilderParts) -> Callable[..., Any]:
         ArtifactError: there is no such form, or it does not make the class.
     """
     form, kind = _FORMS.get(described.form), described.kind
-    if form is None or (issubclass(form, _MappingBuilder) and kind not in (dict, OrderedDict)):
+    if form is None or (issubclass(form, _MappingBuilder) and kind not in _PLAIN_MAPPINGS):
         raise ArtifactError(f"there is no way to build a {kind.__name__} called {described.form[:80]!r}")
     if form is _DataclassBuilder and not is_dataclass(kind):
         raise ArtifactError(f"the class {kind.__name__} is no dataclass")
-    return form(kind, kind()) if issubclass(form, _MappingBuilder) else form(kind)
+    builder: Any = form(kind, kind()) if issubclass(form, _MappingBuilder) else form(kind)
+    function: Callable[..., Any] = builder
+    return function
 
 
 def _rebuild(graph: fx.Graph, builder: Callable[..., Any], items: dict[str, Any]) -> fx.Node:

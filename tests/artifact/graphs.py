@@ -77,6 +77,7 @@ def integers() -> tuple[fx.GraphModule, tuple[Any, ...]]:
 
 def float_convolution() -> tuple[fx.GraphModule, tuple[Any, ...]]:
     """Channels-last weights of a convolution with one input channel that stays in float, and a named tuple."""
+
     def forward(m: nn.Module, x: torch.Tensor) -> Any:
         return Pair(torch.relu(m.depth(m.plain(x))), m.head(torch.max(x, 1).values))
 

@@ -43,8 +43,9 @@ def loaded(path: Path) -> fx.GraphModule | None:
     try:
         return load(path)
     except ArtifactError as error:
-        assert str(path) in str(error)
-        return None
+        message = str(error)
+    assert str(path) in message
+    return None
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -115,7 +116,9 @@ def test_other_versions(small: Path, tmp_path: Path) -> None:
         head = {**json.loads(members["format.json"]), "version": version, "made_by": "qgraph 99", "new": {}}
         members["format.json"] = json.dumps(head).encode()
         write_members(tmp_path / "a", {**members, "more.bin": b""})
-        with pytest.raises(ArtifactError, match=rf"version {version} of the format, this qgraph reads version 1") as error:
+        with pytest.raises(
+            ArtifactError, match=rf"version {version} of the format, this qgraph reads version 1"
+        ) as error:
             load(tmp_path / "a")
         assert "made by qgraph 99" in str(error.value)
 
@@ -329,7 +332,10 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         _set("generated_flatten_0", "args", [{"class": "torch.return_types.max", "entries": [1, 2]}]),
         "an argument of a node is an instance of a class",
     ),
-    "word of arithmetic": (_set("stem", "kwargs", {"format": "int8"}), "the argument stride of qgraph::conv is missing"),
+    "missing argument": (
+        _set("stem", "kwargs", {"format": "int8"}),
+        "the argument stride of qgraph::conv is missing",
+    ),
     "kind of option": (
         lambda d: _node(d, "stem")["kwargs"].update(groups="1"),
         "the argument groups of qgraph::conv is 1, not int",
@@ -342,7 +348,10 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "negative shape": (lambda d: _node(d, "stem")["info"]["value"].update(shape=[-1]), "is not possible"),
     "strides": (lambda d: d["strides"].update(stem_weight=[1, 2, 3, 4]), "leave gaps"),
     "missing tensor": (lambda d: d["constants"]["stem_weight"].update(tensor="nothing"), "no tensor 'nothing'"),
-    "unused tensor": (lambda d: d["constants"]["stem_weight"].update(tensor="conv1_weight"), "nothing uses the tensor"),
+    "unused tensor": (
+        lambda d: d["constants"]["conv2_weight"].update(tensor="conv1_weight"),
+        "nothing uses the tensor",
+    ),
     "stage": (lambda d: d["info"].update(stage="fused"), "a graph in stage fused"),
     "scale": (lambda d: _node(d, "stem")["info"]["qparams"].update(scale=0.0), "not finite and positive"),
     "zero point": (lambda d: _node(d, "stem")["info"]["qparams"].update(zero_point=1000), "no code of int8"),

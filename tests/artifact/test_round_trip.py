@@ -163,7 +163,7 @@ def test_conditions_of_the_batch(tmp_path: Path) -> None:
 
 
 def test_zero_points_and_axes(tmp_path: Path) -> None:
-    gm, inputs = GRAPHS["residual"]()
+    gm, _ = GRAPHS["residual"]()
     nodes = {node.name: node for node in gm.graph.nodes}
     scales = torch.tensor([0.1, 1 / 3, 2.0**-20])
     kept = {
@@ -213,7 +213,7 @@ def test_without_example(tmp_path: Path) -> None:
 
 
 def test_the_loaded_graph_is_a_graph_like_others(tmp_path: Path) -> None:
-    gm, inputs = GRAPHS["residual"]()
+    gm, _ = GRAPHS["residual"]()
     save(gm, tmp_path / "a.qgraph")
     loaded = load(tmp_path / "a.qgraph")
     copied = copy.deepcopy(loaded)

@@ -70,9 +70,7 @@ def test_nothing_is_left_of_a_failed_write(
     assert path.read_text() == "old"
 
 
-def test_an_interrupt_leaves_nothing(
-    graph: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_leaves_nothing(graph: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -123,15 +121,15 @@ def test_a_module_of_the_user(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Strange())
     message = refused(model, tmp_path, torch.randn(2, 4), leaf_modules=Strange)
     assert "module 1 of class tests.artifact.test_saving.Strange" in message
-    assert "node _1" in message
+    assert "where: node " in message
     assert "do not name it in leaf_modules" in message
 
 
 def test_a_module_that_was_changed(tmp_path: Path) -> None:
-    norm = nn.BatchNorm3d(2)
-    norm.colour = "red"
-    parts = {"norm": norm, "fc": nn.Linear(4, 4)}
-    message = refused(Forward(lambda m, x: (m.fc(x), torch.erf(m.norm(x.view(1, 2, 1, 1, 4)))), **parts), tmp_path, torch.randn(2, 4))
+    shrink = nn.Hardshrink()
+    shrink.colour = "red"
+    model = nn.Sequential(nn.Linear(4, 4), shrink)
+    message = refused(model, tmp_path, torch.randn(2, 4))
     assert "its attribute colour is 'red'" in message
 
 
@@ -139,7 +137,7 @@ def test_a_function_of_the_user(graph: fx.GraphModule, tmp_path: Path) -> None:
     copied = qgraph.ir.copying.copy_graph(graph)
     node = next(node for node in copied.graph.nodes if node.name == "generated_flatten_0")
     node.target = lambda x, start_dim: x.flatten(start_dim)
-    with pytest.raises(ArtifactError, match="cannot hold a call of tests.artifact.test_saving") as error:
+    with pytest.raises(ArtifactError, match=r"cannot hold a call of tests\.artifact\.test_saving") as error:
         save(copied, tmp_path / "a")
     assert "node generated_flatten_0" in str(error.value)
     assert "models.py:" in str(error.value)
@@ -187,7 +185,12 @@ def test_functions_are_found_by_their_names() -> None:
         for function in (op.target, *op.functions):
             if function is not None:
                 assert known.function(known.name(function)) is function
-    names = {torch.fft.fft: "torch.fft.fft", F.pad: "torch.nn.functional.pad", torch.erf: "torch.erf", getattr: "getattr"}
+    names = {
+        torch.fft.fft: "torch.fft.fft",
+        F.pad: "torch.nn.functional.pad",
+        torch.erf: "torch.erf",
+        getattr: "getattr",
+    }
     for function, name in names.items():
         assert known.name(function) == function_name(function) == name
         assert known.function(name) is function
@@ -195,16 +198,52 @@ def test_functions_are_found_by_their_names() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    "eval exec open __import__ builtins.eval os.system torch.load torch.save torch.compile torch.ops.load_library "
-    "torch.hub.load subprocess.run operator.methodcaller operator.attrgetter setattr torch.from_file map print "
-    "torch.jit.load torch.classes.load_library torch.Tensor.__reduce_ex__ torch.Tensor.numpy qgraph.load".split(),
+    [
+        "eval",
+        "exec",
+        "open",
+        "__import__",
+        "builtins.eval",
+        "os.system",
+        "torch.load",
+        "torch.save",
+        "torch.compile",
+        "torch.ops.load_library",
+        "torch.hub.load",
+        "subprocess.run",
+        "operator.methodcaller",
+        "operator.attrgetter",
+        "setattr",
+        "torch.from_file",
+        "map",
+        "print",
+        "torch.jit.load",
+        "torch.classes.load_library",
+        "torch.Tensor.__reduce_ex__",
+        "torch.Tensor.numpy",
+        "qgraph.load",
+    ],
 )
 def test_functions_that_are_not_known(name: str) -> None:
     with pytest.raises(ArtifactError, match="not known here"):
         KnownFunctions().function(name)
 
 
-@pytest.mark.parametrize("name", "numpy __reduce__ __class__ tolist apply_ map_ set_ register_hook data_ptr share_memory_".split())
+@pytest.mark.parametrize(
+    "name",
+    [
+        "numpy",
+        "__reduce__",
+        "__class__",
+        "tolist",
+        "apply_",
+        "map_",
+        "set_",
+        "register_hook",
+        "data_ptr",
+        "share_memory_",
+    ],
+)
 def test_methods_that_are_not_known(name: str) -> None:
     with pytest.raises(ArtifactError, match="cannot hold a call of the method"):
         check_method(name)
@@ -266,7 +305,7 @@ def test_modules(module: nn.Module) -> None:
         assert type(theirs[name]) is type(tensor)
         assert torch.equal(theirs[name], tensor)
         assert not theirs[name].is_meta
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, nn.RNNBase) and not module.proj_size:
         x = torch.randn(2, 2, 3)
         assert torch.equal(built(x)[0], module(x)[0])
 
