@@ -52,6 +52,7 @@ _STRUCTURE: dict[str, Function] = {
     },
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
 }
+_NEW = frozenset({"new_empty", "new_full", "new_ones", "new_zeros"})
 _CREATION = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
 # Methods that hand out memory, numbers or hooks instead of computing a tensor.
 _NO_METHODS = frozenset(
@@ -171,7 +172,7 @@ def torch_functions() -> dict[str, Function]:
 def _torch_methods() -> frozenset[str]:
     table = torch.overrides.get_overridable_functions()
     names = {str(getattr(function, "__name__", "_")) for function in table.get(torch.Tensor, ())}
-    return frozenset(name for name in names if not name.startswith("_") and not name.endswith("_")) - _NO_METHODS
+    return frozenset(name for name in names if not name.startswith("_") and not name.endswith("_")) - _NO_METHODS | _NEW
 
 
 def check_method(name: str) -> str:

@@ -72,9 +72,10 @@ def graph_of(members: dict[str, bytes], classes: KnownClasses) -> fx.GraphModule
     if missing:
         raise ArtifactError(f"the file has no {min(missing)}")
     document = mapping(parse_json(members[GRAPH_MEMBER], GRAPH_MEMBER), _SECTIONS, frozenset())
-    tensors = TensorReader(members[TENSORS_MEMBER], mapping(document["strides"]))
+    with torch.inference_mode(False):
+        tensors = TensorReader(members[TENSORS_MEMBER], mapping(document["strides"]))
     reader = _GraphReader(RecordReader(tensors, classes, KnownFunctions()))
-    with paused_collection(), understood("the graph"):
+    with torch.inference_mode(False), paused_collection(), understood("the graph"):
         try:
             gm = reader.graph_module(document)
             tensors.require_all_used()

@@ -243,9 +243,9 @@ def _write_qparams(writer: RecordWriter, qparams: QParams) -> Any:
 def _read_qparams(reader: RecordReader, entry: Any) -> QParams:
     found = mapping(entry, frozenset(("format", "scale")), frozenset(("zero_point", "axis")))
     zero_point = found.get("zero_point")
-    zero = None if zero_point is None else torch.tensor(_numbers(zero_point, int), dtype=torch.int64)
+    zero = None if zero_point is None else torch.tensor(_numbers(zero_point, int), dtype=torch.int64, device="cpu")
     axis = None if "axis" not in found else whole(found["axis"])
-    scale = torch.tensor(_numbers(found["scale"], float), dtype=torch.float32)
+    scale = torch.tensor(_numbers(found["scale"], float), dtype=torch.float32, device="cpu")
     return QParams(scale, parse_qtype(text(found["format"])), zero, axis)
 
 

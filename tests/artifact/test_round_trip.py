@@ -24,7 +24,7 @@ from qgraph.ir.text import print_graph
 from qgraph.numerics import QParams, qint8
 from qgraph.simulator import Simulator
 from tests.artifact.graphs import GRAPHS, Pair, float_convolution, members_of
-from tests.support.models import image
+from tests.support.models import Residual, image
 
 
 @pytest.fixture(scope="module", params=list(GRAPHS))
@@ -162,6 +162,41 @@ def test_conditions_of_the_batch(tmp_path: Path) -> None:
     assert "test_round_trip.py" in str(refused.value)
 
 
+def test_symbolic_capture_and_sizes(tmp_path: Path) -> None:
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            batch, tokens, width = x.shape
+            return self.fc(x).reshape(batch, tokens * 2, width // 2), x.size(0) * 2 + 1, x.new_zeros(batch, 2)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    for method in ("symbolic", "jit"):
+        prepared = qgraph.prepare(Sizes().eval(), (x,), method=method)
+        qgraph.calibrate(prepared, [(x,)], progress=False)
+        gm = qgraph.convert(prepared)
+        save(gm, tmp_path / "a.qgraph")
+        loaded = load(tmp_path / "a.qgraph")
+        assert print_graph(loaded) == print_graph(gm)
+        larger = torch.randn(7, 5, 8)
+        assert same(loaded(larger), gm(larger))
+
+
+def test_a_graph_that_was_captured_again(tmp_path: Path) -> None:
+    x = image(2)
+    prepared = qgraph.prepare(qgraph.trace(Residual().eval(), x), (x,))
+    qgraph.calibrate(prepared, [(x,)], progress=False)
+    gm = qgraph.convert(prepared)
+    save(gm, tmp_path / "a.qgraph")
+    loaded = load(tmp_path / "a.qgraph")
+    guards = [module for module in loaded.modules() if isinstance(module, InputGuard)]
+    assert len(guards) == len([module for module in gm.modules() if isinstance(module, InputGuard)]) == 2
+    assert torch.equal(loaded(image(3) * 0), gm(image(3) * 0))
+
+
 def test_zero_points_and_axes(tmp_path: Path) -> None:
     gm, _ = GRAPHS["residual"]()
     nodes = {node.name: node for node in gm.graph.nodes}
@@ -178,6 +213,16 @@ def test_zero_points_and_axes(tmp_path: Path) -> None:
     for name, qparams in kept.items():
         assert same(loaded[name].qparams, qparams)
         assert same(loaded[name].weight_qparams, qparams)
+
+
+def test_modes_of_the_caller_make_no_difference(tmp_path: Path) -> None:
+    gm, _ = GRAPHS["islands"]()
+    save(gm, tmp_path / "a.qgraph")
+    with torch.inference_mode(), torch.device("meta"):
+        loaded = load(tmp_path / "a.qgraph")
+    assert same(loaded.state_dict(), load(tmp_path / "a.qgraph").state_dict())
+    assert not any(tensor.is_inference() for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert print_graph(loaded) == print_graph(gm)
 
 
 def test_odd_names_and_numbers(tmp_path: Path) -> None:
