@@ -25,6 +25,7 @@ from qgraph.ir.graph_module import CheckedGraphModule
 from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import KEY, GraphInfo, NodeInfo, info, set_info
 from qgraph.ir.stage import Stage
+from qgraph.ir.text import print_graph
 from qgraph.ir.values import TensorSpec, spec_of
 from qgraph.ir.verifier import verify
 from qgraph.memory import paused_collection
@@ -80,6 +81,7 @@ def graph_of(members: dict[str, bytes], classes: KnownClasses) -> fx.GraphModule
             gm = reader.graph_module(document)
             tensors.require_all_used()
             verify(gm)
+            print_graph(gm)  # binds the arguments of every known operator
         except QGraphError as error:
             if isinstance(error, ArtifactError):
                 raise

@@ -363,6 +363,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no nodes": (lambda d: d.update(nodes=[]), "0 output nodes"),
     "two outputs": (lambda d: d["nodes"].append({**d["nodes"][-1], "name": "output_1"}), "output"),
     "two sites": (lambda d: _node(d, "conv1")["info"].update(site="stem"), "breaks a rule"),
+    "option": (_set("generated_flatten_0", "kwargs", {"tuple": []}), "breaks a rule"),
     "deep": (_deep, "nested more than"),
     "guard": (lambda d: d["modules"]["_input_guard"].update(rules=[]), "one rule for each input"),
 }
