@@ -1,0 +1,168 @@
+"""Rescaling loops compiled by numba, one pass over memory each; the optional extra `fast`.
+
+Arrays are `[rows, columns]`, factors `[columns]`. A second operand may have one row or one column. `low` and `high` bound
+what is rounded, before `zero` is added. Integer loops work in 64 bits and know every rounding as one formula,
+
+    (v + add + ((v >> shift) & even) + ((v >> 63) & away)) >> shift          rounding = [shift, add, even, away]
+
+    half_even  add = half - 1, even = 1         half_up    add = half
+    half_away  add = half, away = -1            floor      nothing
+
+with `half = 2**(shift - 1)`; shift 0 rounds nothing. Float loops round half to even.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The loop, compiled at its first call and kept on disk where a folder can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # there is no folder for the cache
+        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+
+
+@_compiled
+def scale_f32(a, a_zero, m, low, high, zero, out):
+    """`rint(fl(float32(a - a_zero) * m))`, the float rule."""
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            t = np.rint((np.float32(a[i, j]) - a_zero) * m[j])
+            out[i, j] = np.int32(min(max(t, low), high)) + zero
+
+
+@_compiled
+def scale_f64(a, a_zero, m, low, high, zero, out):
+    """`rint((a - a_zero) * m)` in float64, for products proven exact."""
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            t = np.rint((np.float64(a[i, j]) - a_zero) * m[j])
+            out[i, j] = np.int32(min(max(t, low), high)) + zero
+
+
+@_compiled
+def scale_int(a, a_zero, m, rounding, low, high, zero, out):
+    """One rounding of `(a - a_zero) * m`."""
+    shift, add, even, away = rounding[0], rounding[1], rounding[2], rounding[3]
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            v = (np.int64(a[i, j]) - a_zero) * m[j]
+            q = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
+            out[i, j] = min(max(q, low), high) + zero
+
+
+@_compiled
+def scale_two(a, a_zero, m, first, second, low, high, zero, out):
+    """Two roundings of `(a - a_zero) * m`."""
+    shift, add, even, away = first[0], first[1], first[2], first[3]
+    shift2, add2, even2, away2 = second[0], second[1], second[2], second[3]
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            v = (np.int64(a[i, j]) - a_zero) * m[j]
+            w = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
+            q = (w + add2[j] + ((w >> shift2[j]) & even2[j]) + ((w >> 63) & away2[j])) >> shift2[j]
+            out[i, j] = min(max(q, low), high) + zero
+
+
+@_compiled
+def sum_f32(a, a_zero, ma, b, b_zero, mb, offset, low, high, zero, out):
+    """`rint(fl(fl(fl(a * ma) + fl(b * mb)) + offset))`, the float rule; zeros subtracted first."""
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        if b.shape[1] == a.shape[1]:
+            for j in range(a.shape[1]):
+                t = (np.float32(a[i, j]) - a_zero) * ma[j] + (np.float32(b[k, j]) - b_zero) * mb[j]
+                out[i, j] = np.int32(min(max(np.rint(t + offset[j]), low), high)) + zero
+        else:
+            one = np.float32(b[k, 0]) - b_zero
+            for j in range(a.shape[1]):
+                t = (np.float32(a[i, j]) - a_zero) * ma[j] + one * mb[j]
+                out[i, j] = np.int32(min(max(np.rint(t + offset[j]), low), high)) + zero
+
+
+@_compiled
+def sum_f64(a, ma, b, mb, offset, low, high, zero, out):
+    """`rint(a * ma + b * mb + offset)` in float64, for sums proven exact."""
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        if b.shape[1] == a.shape[1]:
+            for j in range(a.shape[1]):
+                t = np.float64(a[i, j]) * ma[j] + np.float64(b[k, j]) * mb[j] + offset[j]
+                out[i, j] = np.int32(min(max(np.rint(t), low), high)) + zero
+        else:
+            one = np.float64(b[k, 0])
+            for j in range(a.shape[1]):
+                t = np.float64(a[i, j]) * ma[j] + one * mb[j] + offset[j]
+                out[i, j] = np.int32(min(max(np.rint(t), low), high)) + zero
+
+
+@_compiled
+def sum_int(a, ma, b, mb, offset, rounding, low, high, zero, out):
+    """One rounding of `a * ma + b * mb + offset`."""
+    shift, add, even, away = rounding[0], rounding[1], rounding[2], rounding[3]
+    wide = b.shape[1] == a.shape[1]
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        for j in range(a.shape[1]):
+            other = np.int64(b[k, j] if wide else b[k, 0])
+            v = np.int64(a[i, j]) * ma[j] + other * mb[j] + offset[j]
+            q = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
+            out[i, j] = min(max(q, low), high) + zero
+
+
+@_compiled
+def mul_f32(a, a_zero, b, b_zero, m, low, high, zero, out):
+    """`rint(fl(float32((a - a_zero) * (b - b_zero)) * m))`, the float rule; the product is exact before it is rounded."""
+    wide = b.shape[1] == a.shape[1]
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        for j in range(a.shape[1]):
+            other = np.float64(b[k, j] if wide else b[k, 0]) - b_zero
+            t = np.rint(np.float32((np.float64(a[i, j]) - a_zero) * other) * m[j])
+            out[i, j] = np.int32(min(max(t, low), high)) + zero
+
+
+@_compiled
+def mul_f64(a, a_zero, b, b_zero, m, low, high, zero, out):
+    """`rint((a - a_zero) * (b - b_zero) * m)` in float64, for products proven exact."""
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        if b.shape[1] == a.shape[1]:
+            for j in range(a.shape[1]):
+                t = (np.float64(a[i, j]) - a_zero) * (np.float64(b[k, j]) - b_zero)
+                out[i, j] = np.int32(min(max(np.rint(t * m[j]), low), high)) + zero
+        else:
+            one = np.float64(b[k, 0]) - b_zero
+            for j in range(a.shape[1]):
+                t = (np.float64(a[i, j]) - a_zero) * one
+                out[i, j] = np.int32(min(max(np.rint(t * m[j]), low), high)) + zero
+
+
+@_compiled
+def mul_int(a, a_zero, b, b_zero, m, first, second, low, high, zero, out):
+    """Two roundings of `(a - a_zero) * (b - b_zero) * m`; a shift of 0 makes the second none."""
+    shift, add, even, away = first[0], first[1], first[2], first[3]
+    shift2, add2, even2, away2 = second[0], second[1], second[2], second[3]
+    wide = b.shape[1] == a.shape[1]
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        for j in range(a.shape[1]):
+            other = np.int64(b[k, j] if wide else b[k, 0]) - b_zero
+            v = (np.int64(a[i, j]) - a_zero) * other * m[j]
+            w = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
+            q = (w + add2[j] + ((w >> shift2[j]) & even2[j]) + ((w >> 63) & away2[j])) >> shift2[j]
+            out[i, j] = min(max(q, low), high) + zero
+
+
+@_compiled
+def look_up(codes, table, out):
+    """`out[i] = table[codes[i]]`, codes read as unsigned."""
+    for i in range(codes.shape[0]):
+        out[i] = table[codes[i]]

@@ -1,0 +1,230 @@
+"""Fast convolutions, linear and matrix products: exact sums, then one `Finish`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qgraph.numerics import parse_arithmetic, parse_qtype, qint32
+from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
+from qgraph.simulator.fast.finish import Finish, Term
+from qgraph.simulator.fast.layout import channels_last, image_of, rows_of
+from qgraph.simulator.fast.sums import convolution_sums, linear_sums, matrices_multiply, multiplied
+from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
+from qgraph.simulator.trace import KernelTrace
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def prepare_conv(call: KernelCall) -> Kernel:
+    """`[N, C, *in]` with a constant weight; 2-d ones stay channels_last."""
+    x, weight, bias = call.args[:3]
+    x, weight = _checked(x, weight, bias)
+    rank = weight.dim() - 2
+    if len(x.shape) != rank + 2:
+        raise NoFastForm("the input has no batch dimension")
+    if call.options["transposed"] or rank != 2:
+        return _any_convolution(call, x, weight)
+    if not _sees_input(x, weight, call.options):
+        raise NoFastForm(
+            "some of its outputs see nothing but padding, which oneDNN's channels_last kernels may not survive"
+        )
+    zero = call.options.get("x_zero", 0)
+    sums = convolution_sums(x, weight, bias, zero, call.options)
+    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias))
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        total = sums(values)
+        second = None if other is None else rows_of(channels_last(other))
+        return image_of(end.rows(rows_of(total), second, trace), total.shape)
+
+    return run
+
+
+def _sees_input(x: Operand, weight: torch.Tensor, options: dict[str, Any]) -> bool:
+    """Whether the window of every output has a tap inside the input."""
+    sizes, kernels = x.shape[2:], weight.shape[2:]
+    geometry = zip(sizes, kernels, options["stride"], options["padding"], options["dilation"], strict=True)
+    for size, kernel, stride, padding, dilation in geometry:
+        count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        starts = [position * stride - padding for position in range(count)]
+        taps = range(0, dilation * kernel, dilation)
+        if not all(any(0 <= start + tap < size for tap in taps) for start in starts):
+            return False
+    return True
+
+
+def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kernel:
+    """1-d, 3-d and transposed convolutions, carried in floats."""
+    bias = call.args[2]
+    options, rank = call.options, weight.dim() - 2
+    zero = options.get("x_zero", 0)
+    low, high = x.low - zero, x.high - zero
+    bound = (
+        _transposed_bound(call, weight, low, high) if options["transposed"] else product_bound(weight, low, high, bias)
+    )
+    if bound >= DOUBLE:
+        raise NoFastForm("sums have more than 53 bits")
+    # float32 convolutions of other shapes and devices may be computed by transforms that round.
+    wide = torch.float32 if bound <= SINGLE and x.device.type == "cpu" and not options["transposed"] else torch.float64
+    held, addend = weight.to(wide), None if bias is None else bias.to(wide)
+    names = ("stride", "padding", "dilation")
+    stride, padding, dilation = (list(options[name]) for name in names)
+    end = _End(call, bound)
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        codes = values.to(wide)
+        if zero:
+            codes -= zero
+        if options["transposed"]:
+            more = (list(options["output_padding"]), options["groups"], dilation)
+            total = _TRANSPOSED[rank](codes, held, addend, stride, padding, *more)
+        else:
+            with torch.backends.nnpack.flags(enabled=False):  # type: ignore[no-untyped-call]
+                total = _CONVOLUTIONS[rank](codes, held, addend, stride, padding, dilation, options["groups"])
+        moved = total.movedim(1, -1).contiguous()
+        second = None if other is None else other.movedim(1, -1).reshape(-1, other.shape[1])
+        codes_out = end.rows(moved.view(-1, moved.shape[-1]), second, trace)
+        return codes_out.view(moved.shape).movedim(-1, 1)
+
+    return run
+
+
+def _transposed_bound(call: KernelCall, weight: torch.Tensor, low: int, high: int) -> int:
+    """As if every input met every weight of its output channel; `weight` is `[in, out / groups, ...]`."""
+    groups, bias = call.options["groups"], call.args[2]
+    shape = (groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return product_bound(weight.reshape(shape).transpose(1, 2).reshape(groups * weight.shape[1], -1), low, high, bias)
+
+
+def prepare_linear(call: KernelCall) -> Kernel:
+    """`[*, in]` with a constant weight `[out, in]`."""
+    x, weight, bias = call.args[:3]
+    x, weight = _checked(x, weight, bias)
+    zero = call.options.get("x_zero", 0)
+    sums = linear_sums(x, weight, bias, zero)
+    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias))
+    size = weight.shape[0]
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        total = sums(values.reshape(-1, values.shape[-1]))
+        second = None if other is None else other.reshape(-1, size)
+        return end.rows(total, second, trace).view(*values.shape[:-1], size)
+
+    return run
+
+
+def prepare_matmul(call: KernelCall) -> Kernel:
+    """Batches of `[n, k]` and `[k, m]`, both computed."""
+    x, y, multiplier, _ = call.args
+    if not isinstance(x, Operand) or not isinstance(y, Operand):
+        raise NoFastForm("an operand is a constant")
+    if len(x.shape) < 2 or len(y.shape) < 2:
+        raise NoFastForm("an operand is a vector")
+    if torch.int32 in (x.dtype, y.dtype):
+        raise NoFastForm("an operand is int32")
+    x_zero, y_zero = call.options.get("x_zero", 0), call.options.get("y_zero", 0)
+    largest_x = max(abs(x.low - x_zero), abs(x.high - x_zero))
+    largest_y = max(abs(y.low - y_zero), abs(y.high - y_zero))
+    bound = x.shape[-1] * largest_x * largest_y
+    if bound > min(qint32.qmax, DOUBLE):
+        raise NoFastForm("sums may have more than 32 bits")
+    if multiplier is not None and multiplier.numel() != 1:
+        raise NoFastForm("there is more than one multiplier")
+    end = _End(call, bound)
+    by_integers = matrices_multiply(x.device) and y.dtype is torch.int8 and not x_zero and not y_zero
+    wide = torch.float32 if bound <= SINGLE and x.device.type == "cpu" else torch.float64
+    terms = x.shape[-1]
+
+    def run(left: torch.Tensor, right: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
+        if left.shape[-1] != terms:
+            raise RuntimeError(f"a matrix product of {left.shape[-1]} terms was prepared for {terms}")
+        if by_integers:
+            return end.flat(_batched(left, right), trace)
+        return end.flat(torch.matmul(left.to(wide) - x_zero, right.to(wide) - y_zero), trace)
+
+    return run
+
+
+def _batched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """One matrix product after the other, each into its place."""
+    n, m = x.shape[-2], y.shape[-1]
+    if x.dim() == 2 and y.dim() == 2:
+        return multiplied(x.contiguous(), y)
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    left = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
+    right = y.expand(*batch, *y.shape[-2:])
+    right = right.reshape(-1, *y.shape[-2:]) if len(batch) > 1 or right.dim() != 3 else right
+    total = torch.empty(*batch, n, m, dtype=torch.int32)
+    flat = total.view(-1, n, m)
+    for index in range(flat.shape[0]):
+        multiplied(left[index].contiguous(), right[index], flat[index])
+    return total
+
+
+class _End:
+    """The end of a product: rescaling, with a residual or without, or the accumulator itself."""
+
+    def __init__(self, call: KernelCall, bound: int) -> None:
+        args, options = call.args, call.options
+        with_residual = call.operator != "matmul"
+        residual, multiplier = (args[3], args[4]) if with_residual else (None, args[2])
+        shift, other = (args[5], args[6]) if with_residual else (args[3], None)
+        self.options = options
+        self.finish: Finish | None = None
+        word = parse_arithmetic(options["arithmetic"])
+        if bound > word.accumulator.qmax:
+            raise NoFastForm(f"sums may leave the accumulator of {word.accumulator.bits} bits")
+        if multiplier is None:
+            self.qtype = parse_qtype(options["format"])
+            if self.qtype.bits < 32 or bound > qint32.qmax or residual is not None or options.get("zero", 0):
+                raise NoFastForm("an accumulator is cut to a narrower format")
+            return
+        if isinstance(multiplier, Operand) or isinstance(shift, Operand) or isinstance(other, Operand):
+            raise NoFastForm("a multiplier is computed")
+        terms = [Term(multiplier.reshape(-1) if multiplier.dim() else multiplier, bound)]
+        if residual is not None and other is not None:
+            if not isinstance(residual, Operand):
+                raise NoFastForm("the residual is a constant")
+            zero = options.get("residual_zero", 0)
+            terms.append(Term(other.reshape(-1) if other.dim() else other, _reach(residual, zero), zero))
+        elif residual is not None:
+            raise NoFastForm("the residual has no multiplier")
+        flat_shift = shift if shift is None or not shift.dim() else shift.reshape(-1)
+        self.finish = Finish(options, terms, flat_shift)
+
+    def rows(self, sums: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
+        """Codes of sums `[rows, columns]`."""
+        if self.finish is None:
+            return self._raw(sums)
+        return self.finish.rows(sums, other, trace)
+
+    def flat(self, sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
+        """Codes of sums of any shape, with one multiplier."""
+        if self.finish is None:
+            return self._raw(sums)
+        return self.finish.flat(sums.contiguous().view(-1), None, trace).view(sums.shape)
+
+    def _raw(self, sums: torch.Tensor) -> torch.Tensor:
+        """The accumulator; bounds of 32 bits are beyond what float32 can compare, but sums within it are exact."""
+        whole = sums.to(torch.int32)
+        return whole.clamp_(self.options["low"], self.options["high"])
+
+
+def _reach(operand: Operand, zero: int) -> int:
+    """Largest magnitude of `code - zero`."""
+    return max(abs(operand.low - zero), abs(operand.high - zero))
+
+
+def _checked(x: Any, weight: Any, bias: Any) -> tuple[Operand, torch.Tensor]:
+    if not isinstance(x, Operand) or not isinstance(weight, torch.Tensor) or isinstance(bias, Operand):
+        raise NoFastForm("the weight is computed, or the input is a constant")
+    if torch.int32 in (x.dtype, weight.dtype):
+        raise NoFastForm("an operand is int32")
+    return x, weight
+
+
+KERNELS = {"conv": prepare_conv, "linear": prepare_linear, "matmul": prepare_matmul}

@@ -1,0 +1,209 @@
+"""Exact sums of products, by the fastest way proven exact for the weights at hand.
+
+8-bit codes    oneDNN with float32 sums within 2**24, over slices of the input channels where all together are beyond;
+               `_int_mm` with int32 sums for matrices
+16-bit codes   x = 256 h + l, both bytes as above
+otherwise      carried in float32 within 2**24, else in float64 (also on devices other than the CPU)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qgraph.numerics import qint8, qint32, quint8
+from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
+from qgraph.simulator.fast.layout import as_unsigned, channels_last
+from qgraph.simulator.fast.probe import Convolution, exact_kinds, kind_of
+from qgraph.simulator.kernel import NoFastForm, Operand
+
+Sums = Callable[[torch.Tensor], torch.Tensor]
+_BYTE = 8
+_BYTES = (torch.int8, torch.uint8)
+
+
+# --- convolutions ---------------------------------------------------------------------------------------------------
+
+
+def convolution_sums(
+    x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int, options: dict[str, Any]
+) -> Sums:
+    """Sums of a 2-d convolution, float32, float64 or int32 `[N, C, H, W]` in channels_last.
+
+    Args:
+        x: the input, `zero` its zero point.
+        weight: `[out, in / groups, kh, kw]`.
+        bias: int32 `[out]`.
+        options: stride, padding, dilation and groups, two numbers each.
+    """
+    low, high = x.low - zero, x.high - zero
+    geometry = tuple(list(options[name]) for name in ("stride", "padding", "dilation"))
+    groups = int(options["groups"])
+    kind = kind_of(weight.shape[1] * groups, weight.shape[0], (weight.shape[2], weight.shape[3]), groups)
+    if weight.dtype is torch.int8 and x.device.type == "cpu" and kind in exact_kinds():
+        if x.dtype in _BYTES:
+            sums = _byte_convolution(weight, bias, low, high, geometry, groups)
+            if sums is not None:
+                return lambda values: sums(*as_unsigned(channels_last(values), x.low, zero))
+        if x.dtype is torch.int16 and zero == 0:
+            both = _two_byte_convolution(weight, bias, geometry, groups)
+            if both is not None:
+                return both
+    return _carried_convolution(weight, bias, low, high, zero, geometry, groups, x.device)
+
+
+def _byte_convolution(
+    weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int, geometry: Any, groups: int
+) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
+    """Takes uint8 codes and their zero point."""
+    slices = _channel_slices(weight, bias, low, high, groups)
+    if slices is None:
+        return None
+    parts: list[Convolution] = []
+    for number, (first, last) in enumerate(slices):
+        addend = bias.float() if bias is not None and number == 0 else None
+        parts.append(Convolution(weight[:, first:last].contiguous(), addend, *geometry, groups, 0))
+
+    def single(codes: torch.Tensor, zero: int) -> torch.Tensor:
+        parts[0].at(zero)
+        return parts[0](codes)
+
+    def several(codes: torch.Tensor, zero: int) -> torch.Tensor:
+        total: torch.Tensor | None = None
+        for part, (first, last) in zip(parts, slices, strict=True):
+            part.at(zero)
+            sums = part(channels_last(codes[:, first:last])).to(torch.int32)
+            total = sums if total is None else total.add_(sums)
+        assert total is not None
+        return total
+
+    return single if len(parts) == 1 else several
+
+
+def _channel_slices(
+    weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int, groups: int
+) -> list[tuple[int, int]] | None:
+    """Slices of input channels whose sums stay within 2**24 (the bias is in the first) and 2**31 together."""
+    channels = weight.shape[1]
+    if product_bound(weight, low, high, bias) <= SINGLE:
+        return [(0, channels)]
+    if groups > 1 or product_bound(weight, low, high, bias) > qint32.qmax:
+        return None
+    slices, first = [], 0
+    while first < channels:
+        last = channels
+        while last > first and product_bound(weight[:, first:last], low, high, None if first else bias) > SINGLE:
+            last = first + (last - first) // 2
+        if last == first:
+            return None
+        slices.append((first, last))
+        first = last
+    return slices
+
+
+def _two_byte_convolution(weight: torch.Tensor, bias: torch.Tensor | None, geometry: Any, groups: int) -> Sums | None:
+    """int16 codes as 256 h + l: `l` is a byte with zero point 0, `h` is signed."""
+    lower = _byte_convolution(weight, bias, 0, quint8.qmax, geometry, groups)
+    upper = _byte_convolution(weight, None, qint8.qmin, qint8.qmax, geometry, groups)
+    bound = product_bound(weight, -(1 << 15), (1 << 15) - 1, bias)
+    if lower is None or upper is None or bound > qint32.qmax:
+        return None
+
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        low_byte, high_byte = _bytes_of(channels_last(values).permute(0, 2, 3, 1))
+        total = lower(low_byte.permute(0, 3, 1, 2), 0).to(torch.int32)
+        scaled = upper((high_byte ^ -qint8.qmin).permute(0, 3, 1, 2), -qint8.qmin)
+        return total.add_(scaled.to(torch.int32), alpha=1 << _BYTE)
+
+    return sums
+
+
+def _bytes_of(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Low and high bytes of contiguous int16 codes, uint8."""
+    halves = codes.view(torch.uint8).view(*codes.shape, 2)
+    return halves[..., 0].contiguous(), halves[..., 1].contiguous()
+
+
+def _carried_convolution(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: int,
+    high: int,
+    zero: int,
+    geometry: Any,
+    groups: int,
+    device: torch.device,
+) -> Sums:
+    wide = carrier(weight, bias, low, high, device)
+    held = weight.to(wide).contiguous(memory_format=torch.channels_last)
+    addend = None if bias is None else bias.to(wide)
+
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        codes = channels_last(values).to(wide)
+        if zero:
+            codes -= zero
+        with torch.backends.nnpack.flags(enabled=False):  # type: ignore[no-untyped-call]  # its Winograd is not exact
+            return channels_last(F.conv2d(codes, held, addend, *geometry, groups))
+
+    return sums
+
+
+def carrier(weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int, device: torch.device) -> torch.dtype:
+    """The float dtype whose sums are exact; on devices with other float32 convolutions always float64.
+
+    Raises:
+        NoFastForm: there is none.
+    """
+    bound = product_bound(weight, low, high, bias)
+    if bound >= DOUBLE:
+        raise NoFastForm("sums have more than 53 bits")
+    return torch.float32 if bound <= SINGLE and device.type == "cpu" else torch.float64
+
+
+# --- matrices -------------------------------------------------------------------------------------------------------
+
+
+def linear_sums(x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int) -> Sums:
+    """Sums of `x` `[rows, in]` and `weight` `[out, in]`: int32, float32 or float64 `[rows, out]`."""
+    low, high = x.low - zero, x.high - zero
+    if matrices_multiply(x.device) and weight.dtype is torch.int8 and x.dtype in (*_BYTES, torch.int16):
+        # The sum of the codes themselves, then what the zero point takes away; all of it in int32.
+        addend = torch.zeros(weight.shape[0], dtype=torch.int64) if bias is None else bias.to(torch.int64)
+        addend = addend - zero * weight.to(torch.int64).sum(1)
+        if product_bound(weight, x.low, x.high, addend) <= qint32.qmax:
+            return _matrix_sums(weight, addend.to(torch.int32) if bool((addend != 0).any()) else None)
+    wide = carrier(weight, bias, low, high, x.device)
+    held, offset = weight.to(wide), None if bias is None else bias.to(wide)
+
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        codes = values.to(wide)
+        return F.linear(codes - zero if zero else codes, held, offset)
+
+    return sums
+
+
+def _matrix_sums(weight: torch.Tensor, addend: torch.Tensor | None) -> Sums:
+    packed = weight.contiguous().t()
+
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        total = multiplied(values.contiguous(), packed)
+        return total if addend is None else total.add_(addend)
+
+    return sums
+
+
+def multiplied(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ y` in int32 of int8, uint8 or int16 codes `[n, k]` and int8 codes `[k, m]`."""
+    if x.dtype is not torch.int16:
+        return torch._int_mm(x, y) if out is None else torch._int_mm(x, y, out=out)
+    low_byte, high_byte = _bytes_of(x)
+    total = torch._int_mm(low_byte, y) if out is None else torch._int_mm(low_byte, y, out=out)
+    return total.add_(torch._int_mm(high_byte.view(torch.int8), y), alpha=1 << _BYTE)
+
+
+def matrices_multiply(device: torch.device) -> bool:
+    """Whether `_int_mm` may be used: `torch._int_mm` on CUDA wants sizes in multiples of 8."""
+    return device.type == "cpu" and "matrix" in exact_kinds()
