@@ -135,7 +135,7 @@ def prepare_matmul(call: KernelCall) -> Kernel:
     if multiplier is not None and multiplier.numel() != 1:
         raise NoFastForm("there is more than one multiplier")
     end = _End(call, bound)
-    by_integers = matrices_multiply(x.device) and y.dtype is torch.int8 and not x_zero and not y_zero
+    by_integers = matrices_multiply(x.device, x.shape[-1]) and y.dtype is torch.int8 and not x_zero and not y_zero
     wide = torch.float32 if bound <= SINGLE and x.device.type == "cpu" else torch.float64
     terms = x.shape[-1]
 
@@ -153,7 +153,7 @@ def _batched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """One matrix product after the other, each into its place."""
     n, m = x.shape[-2], y.shape[-1]
     if x.dim() == 2 and y.dim() == 2:
-        return multiplied(x.contiguous(), y)
+        return multiplied(x.contiguous(), _ordered(y))
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     left = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
     right = y.expand(*batch, *y.shape[-2:])
@@ -161,8 +161,13 @@ def _batched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     total = torch.empty(*batch, n, m, dtype=torch.int32)
     flat = total.view(-1, n, m)
     for index in range(flat.shape[0]):
-        multiplied(left[index].contiguous(), right[index], flat[index])
+        multiplied(left[index].contiguous(), _ordered(right[index]), flat[index])
     return total
+
+
+def _ordered(y: torch.Tensor) -> torch.Tensor:
+    """A matrix stored by rows or by columns."""
+    return y if y.is_contiguous() or y.t().is_contiguous() else y.contiguous()
 
 
 class _End:

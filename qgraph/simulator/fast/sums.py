@@ -169,7 +169,7 @@ def carrier(weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int
 def linear_sums(x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int) -> Sums:
     """Sums of `x` `[rows, in]` and `weight` `[out, in]`: int32, float32 or float64 `[rows, out]`."""
     low, high = x.low - zero, x.high - zero
-    if matrices_multiply(x.device) and weight.dtype is torch.int8 and x.dtype in (*_BYTES, torch.int16):
+    if matrices_multiply(x.device, weight.shape[1]) and weight.dtype is torch.int8 and x.dtype in (*_BYTES, torch.int16):
         # The sum of the codes themselves, then what the zero point takes away; all of it in int32.
         addend = torch.zeros(weight.shape[0], dtype=torch.int64) if bias is None else bias.to(torch.int64)
         addend = addend - zero * weight.to(torch.int64).sum(1)
@@ -204,6 +204,9 @@ def multiplied(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None
     return total.add_(torch._int_mm(high_byte.view(torch.int8), y), alpha=1 << _BYTE)
 
 
-def matrices_multiply(device: torch.device) -> bool:
-    """Whether `_int_mm` may be used: `torch._int_mm` on CUDA wants sizes in multiples of 8."""
-    return device.type == "cpu" and "matrix" in exact_kinds()
+def matrices_multiply(device: torch.device, terms: int) -> bool:
+    """Whether `_int_mm` may be used: on CUDA it wants sizes in multiples of 8, and with sums of one term it is wrong.
+
+    It tells a transposed matrix by its strides, which are those of a plain one if a dimension is 1.
+    """
+    return device.type == "cpu" and terms > 1 and "matrix" in exact_kinds()
