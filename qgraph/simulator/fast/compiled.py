@@ -1,7 +1,8 @@
 """Rescaling loops compiled by numba, one pass over memory each; the optional extra `fast`.
 
-Arrays are `[rows, columns]`, factors `[columns]`. A second operand may have one row or one column. `low` and `high` bound
-what is rounded, before `zero` is added. Integer loops work in 64 bits and know every rounding as one formula,
+Arrays are `[rows, columns]`, factors `[columns]`. `start` is added to the first operand: a bias, or minus a zero point. A
+second operand may have one row or one column. `low` and `high` bound what is rounded, before `zero` is added. Integer loops
+work in 64 bits and know every rounding as one formula,
 
     (v + add + ((v >> shift) & even) + ((v >> 63) & away)) >> shift          rounding = [shift, add, even, away]
 
@@ -30,60 +31,60 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def scale_f32(a, a_zero, m, low, high, zero, out):
-    """`rint(fl(float32(a - a_zero) * m))`, the float rule."""
+def scale_f32(a, start, m, low, high, zero, out):
+    """`rint(fl(float32(a + start) * m))`, the float rule; integers are added before they are rounded."""
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
-            t = np.rint((np.float32(a[i, j]) - a_zero) * m[j])
+            t = np.rint(np.float32(a[i, j] + start[j]) * m[j])
             out[i, j] = np.int32(min(max(t, low), high)) + zero
 
 
 @_compiled
-def scale_f64(a, a_zero, m, low, high, zero, out):
-    """`rint((a - a_zero) * m)` in float64, for products proven exact."""
+def scale_f64(a, start, m, low, high, zero, out):
+    """`rint((a + start) * m)` in float64, for products proven exact."""
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
-            t = np.rint((np.float64(a[i, j]) - a_zero) * m[j])
+            t = np.rint((np.float64(a[i, j]) + start[j]) * m[j])
             out[i, j] = np.int32(min(max(t, low), high)) + zero
 
 
 @_compiled
-def scale_int(a, a_zero, m, rounding, low, high, zero, out):
-    """One rounding of `(a - a_zero) * m`."""
+def scale_int(a, start, m, rounding, low, high, zero, out):
+    """One rounding of `(a + start) * m`."""
     shift, add, even, away = rounding[0], rounding[1], rounding[2], rounding[3]
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
-            v = (np.int64(a[i, j]) - a_zero) * m[j]
+            v = (np.int64(a[i, j]) + start[j]) * m[j]
             q = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
             out[i, j] = min(max(q, low), high) + zero
 
 
 @_compiled
-def scale_two(a, a_zero, m, first, second, low, high, zero, out):
-    """Two roundings of `(a - a_zero) * m`."""
+def scale_two(a, start, m, first, second, low, high, zero, out):
+    """Two roundings of `(a + start) * m`."""
     shift, add, even, away = first[0], first[1], first[2], first[3]
     shift2, add2, even2, away2 = second[0], second[1], second[2], second[3]
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
-            v = (np.int64(a[i, j]) - a_zero) * m[j]
+            v = (np.int64(a[i, j]) + start[j]) * m[j]
             w = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
             q = (w + add2[j] + ((w >> shift2[j]) & even2[j]) + ((w >> 63) & away2[j])) >> shift2[j]
             out[i, j] = min(max(q, low), high) + zero
 
 
 @_compiled
-def sum_f32(a, a_zero, ma, b, b_zero, mb, offset, low, high, zero, out):
-    """`rint(fl(fl(fl(a * ma) + fl(b * mb)) + offset))`, the float rule; zeros subtracted first."""
+def sum_f32(a, start, ma, b, b_zero, mb, offset, low, high, zero, out):
+    """`rint(fl(fl(fl(float32(a + start) * ma) + fl((b - b_zero) * mb)) + offset))`, the float rule."""
     for i in range(a.shape[0]):
         k = i if b.shape[0] > 1 else 0
         if b.shape[1] == a.shape[1]:
             for j in range(a.shape[1]):
-                t = (np.float32(a[i, j]) - a_zero) * ma[j] + (np.float32(b[k, j]) - b_zero) * mb[j]
+                t = np.float32(a[i, j] + start[j]) * ma[j] + (np.float32(b[k, j]) - b_zero) * mb[j]
                 out[i, j] = np.int32(min(max(np.rint(t + offset[j]), low), high)) + zero
         else:
             one = np.float32(b[k, 0]) - b_zero
             for j in range(a.shape[1]):
-                t = (np.float32(a[i, j]) - a_zero) * ma[j] + one * mb[j]
+                t = np.float32(a[i, j] + start[j]) * ma[j] + one * mb[j]
                 out[i, j] = np.int32(min(max(np.rint(t + offset[j]), low), high)) + zero
 
 

@@ -46,13 +46,15 @@ class Term:
 
     Args:
         multiplier: its factor, broadcastable to the result.
-        bound: bound of the magnitude of `value - zero`.
+        bound: bound of the magnitude of `value - zero + start`.
         zero: zero point of its codes.
+        start: int32, what is added to its values before all else, as a bias; `[]` or broadcastable.
     """
 
     multiplier: torch.Tensor
     bound: int
     zero: int = 0
+    start: torch.Tensor | None = None
 
 
 class Finish:
@@ -117,7 +119,7 @@ class Finish:
             return None
         assert self.shift is not None
         term = self.terms[0]
-        if term.zero:
+        if term.zero or term.start is not None:
             return None
         return step_factors(
             self.rule, Factor(term.multiplier, self.shift), term.bound, self.low - self.zero, self.high - self.zero
@@ -127,9 +129,10 @@ class Finish:
         """The offset of a fixed-point sum, with what the zero points of its terms contribute."""
         constant = None if self.offset is None else self.offset.to(torch.int64)
         for term in self.terms:
-            if term.zero:
-                moved = -term.zero * term.multiplier.to(torch.int64)
-                constant = moved if constant is None else constant + moved
+            for added in (-term.zero if term.zero else None, term.start):
+                if added is not None:
+                    moved = added * term.multiplier.to(torch.int64)
+                    constant = moved if constant is None else constant + moved
         return constant
 
     # --- rows -------------------------------------------------------------------------------------------------------
@@ -137,6 +140,15 @@ class Finish:
     def rows(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of contiguous `a` `[rows, columns]`; factors lie along the columns; `b` may have one row or column."""
         return self._bounded(self._rows, a, b, trace)
+
+    def fill(self, a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
+        """As `rows`, into `out`; for the parts of a larger result."""
+        low, high = self.low - self.zero, self.high - self.zero
+        if self._compiles(a):
+            other = None if b is None else b.numpy()
+            self._columns(a.shape[1]).run(self, a.numpy(), other, low, high, out.numpy())
+        else:
+            out.copy_(self._any(a, b, low, high, self.qtype.storage))
 
     def flat(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of contiguous `a` `[n]` (and `b` `[n]`) with one factor for all."""
@@ -234,9 +246,9 @@ class Finish:
         factors = self._float_factors(values[0].device)
         total: torch.Tensor | None = None
         for value, term, factor in zip(values, self.terms, factors, strict=False):
-            if term.zero:
-                wide = value.to(torch.float64) - term.zero  # exact: codes have 32 bits at most
-                value = wide.to(kind)
+            if term.zero or term.start is not None:
+                # Exact in float64: codes and sums have 32 bits at most.
+                value = _started(value.to(torch.float64), term).to(kind)
             # Float values are sums of our own and may be overwritten.
             scaled = value.mul_(factor) if value.dtype is kind else value.to(kind) * factor
             total = scaled if total is None else total + scaled
@@ -265,15 +277,17 @@ class Finish:
         return factors if self.offset is None else [*factors, self.offset.to(torch.float64) * power]
 
     def _in_integers(self, values: list[torch.Tensor], low: int, high: int, storage: torch.dtype) -> torch.Tensor:
-        wide = [
-            v.to(torch.int64) - t.zero if t.zero else v.to(torch.int64)
-            for v, t in zip(values, self.terms, strict=False)
-        ]
+        wide = [_started(v.to(torch.int64), term) for v, term in zip(values, self.terms, strict=False)]
         if self.is_sum:
             scaled = self.rule.apply_sum(wide, [term.multiplier for term in self.terms], self.shift, self.offset)
         else:
             scaled = self.rule.apply(wide[0], Factor(self.terms[0].multiplier, self.shift))
         return _stored(scaled, low, high, self.zero, storage)
+
+
+def _started(values: torch.Tensor, term: Term) -> torch.Tensor:
+    values = values - term.zero if term.zero else values
+    return values if term.start is None else values + term.start
 
 
 def _stored(values: torch.Tensor, low: int, high: int, zero: int, storage: torch.dtype) -> torch.Tensor:
@@ -294,6 +308,8 @@ class _Columns:
 
         self.multipliers = [spread(term.multiplier) for term in terms]
         self.zeros = [term.zero for term in (finish.factors or terms)] + [0]
+        whole = spread(terms[0].start).astype(np.int64) - (0 if finish.factors else terms[0].zero)
+        self.starts = {kind: whole.astype(kind) for kind in (np.int32, np.float32, np.float64)} | {np.int64: whole}
         if finish.way == "f32":
             self.offset = spread(finish.offset if finish.offset is not None else torch.tensor(0.0)).astype(np.float32)
             return
@@ -323,16 +339,16 @@ class _Columns:
             self._scale(finish, a, low, high, out)
 
     def _scale(self, finish: Finish, a: Any, low: int, high: int, out: Any) -> None:
-        (m,), z, zero = self.multipliers, self.zeros[0], np.int32(finish.zero)
+        (m,), zero = self.multipliers, np.int32(finish.zero)
         f32 = np.float32
         if finish.way == "f32":
-            loops().scale_f32(a, f32(z), m, f32(low), f32(high), zero, out)
+            loops().scale_f32(a, self._start(a), m, f32(low), f32(high), zero, out)
         elif finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN:
-            loops().scale_f64(a, float(z), m, float(low), float(high), zero, out)
+            loops().scale_f64(a, self.starts[np.float64], m, float(low), float(high), zero, out)
         elif finish.rule.first_rounding is None:
-            loops().scale_int(a, z, self._whole(finish, 0), self.first, low, high, finish.zero, out)
+            loops().scale_int(a, self.starts[np.int64], self._whole(finish, 0), self.first, low, high, finish.zero, out)
         else:
-            loops().scale_two(a, z, m, self.first, self.second, low, high, finish.zero, out)
+            loops().scale_two(a, self.starts[np.int64], m, self.first, self.second, low, high, finish.zero, out)
 
     def _sum(self, finish: Finish, a: Any, b: Any, low: int, high: int, out: Any) -> None:
         zero, f32 = np.int32(finish.zero), np.float32
@@ -342,7 +358,7 @@ class _Columns:
             mb, zb = self.multipliers[1], self.zeros[1]
         if finish.way == "f32":
             ma = self.multipliers[0]
-            loops().sum_f32(a, f32(self.zeros[0]), ma, b, f32(zb), mb, self.offset, f32(low), f32(high), zero, out)
+            loops().sum_f32(a, self._start(a), ma, b, f32(zb), mb, self.offset, f32(low), f32(high), zero, out)
         elif finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN:
             loops().sum_f64(a, self.multipliers[0], b, mb, self.offset, float(low), float(high), zero, out)
         else:
@@ -359,6 +375,10 @@ class _Columns:
             loops().mul_f64(a, float(za), b, float(zb), m, float(low), float(high), zero, out)
         else:
             loops().mul_int(a, za, b, zb, self._whole(finish, 0), self.first, self.second, low, high, finish.zero, out)
+
+    def _start(self, a: Any) -> Any:
+        """What is added to `a` before it is rounded to float32; nothing where `a` is float32 already."""
+        return self.starts[np.float32] if a.dtype == np.float32 else self.starts[np.int32]
 
     def _whole(self, finish: Finish, term: int) -> Any:
         """Integer multipliers, also where the way is f64 but the rounding is not to even."""

@@ -110,7 +110,8 @@ class Convolution:
         shape = tuple(x.shape)
         packed = self.packed.get(shape)
         if packed is None:
-            self.packed.clear()  # oneDNN chooses a layout for a shape; one copy of the weights is enough
+            if len(self.packed) > 1:  # oneDNN chooses a layout for a shape; a batch and its rest are two
+                self.packed.clear()
             packed = torch.ops.onednn.qconv_prepack(self.weight, self.ones, 1.0, self.zero, *self.geometry, list(shape))
             self.packed[shape] = packed
         sums: torch.Tensor = torch.ops.onednn.qconv_pointwise(

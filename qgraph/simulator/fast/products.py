@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from qgraph.numerics import parse_arithmetic, parse_qtype, qint32
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
 from qgraph.simulator.fast.finish import Finish, Term
 from qgraph.simulator.fast.layout import channels_last, image_of, rows_of
-from qgraph.simulator.fast.sums import convolution_sums, linear_sums, matrices_multiply, multiplied
+from qgraph.simulator.fast.sums import (
+    TILE,
+    Matrix,
+    convolution_sums,
+    linear_sums,
+    matrices_multiply,
+    matrix_of,
+    multiplied,
+)
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
 from qgraph.simulator.trace import KernelTrace
 
@@ -23,23 +32,56 @@ def prepare_conv(call: KernelCall) -> Kernel:
     """`[N, C, *in]` with a constant weight; 2-d ones stay channels_last."""
     x, weight, bias = call.args[:3]
     x, weight = _checked(x, weight, bias)
-    rank = weight.dim() - 2
+    rank, options = weight.dim() - 2, call.options
     if len(x.shape) != rank + 2:
         raise NoFastForm("the input has no batch dimension")
-    if call.options["transposed"] or rank != 2:
+    if options["transposed"] or rank != 2:
         return _any_convolution(call, x, weight)
-    if not _sees_input(x, weight, call.options):
+    if not _sees_input(x, weight, options):
         raise NoFastForm(
             "some of its outputs see nothing but padding, which oneDNN's channels_last kernels may not survive"
         )
-    zero = call.options.get("x_zero", 0)
-    sums = convolution_sums(x, weight, bias, zero, call.options)
+    zero = options.get("x_zero", 0)
+    if tuple(weight.shape[2:]) == (1, 1) and options["groups"] == 1 and not any(options["padding"]):
+        matrix = matrix_of(x, weight.reshape(weight.shape[:2]), bias, zero)
+        if matrix is not None:
+            return _pointwise(call, x, weight, matrix)
+    sums = convolution_sums(x, weight, bias, zero, options)
     end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias))
 
-    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+    def part(values: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
         total = sums(values)
         second = None if other is None else rows_of(channels_last(other))
         return image_of(end.rows(rows_of(total), second, trace), total.shape)
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        count = _images_at_once(values, weight.shape[0], options["stride"])
+        if count >= values.shape[0]:
+            return part(values, other, trace)
+        parts = [slice(first, first + count) for first in range(0, values.shape[0], count)]
+        done = [part(values[p], None if other is None else other[p], trace) for p in parts]
+        return torch.cat(done)
+
+    return run
+
+
+def _images_at_once(x: torch.Tensor, channels: int, stride: Sequence[int]) -> int:
+    """How many images of a batch are computed at a time, so that their sums are rescaled while they are in a cache."""
+    sums = max(channels * x.shape[2] * x.shape[3] // (stride[0] * stride[1]), 1)
+    return max(8 * TILE // sums, 1)
+
+
+def _pointwise(call: KernelCall, x: Operand, weight: torch.Tensor, matrix: Matrix) -> Kernel:
+    """A 1x1 convolution: a matrix product of pixels."""
+    zero, (down, across) = call.options.get("x_zero", 0), call.options["stride"]
+    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, call.args[2]), matrix.start)
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        picked = values if down == across == 1 else values[:, :, ::down, ::across]
+        image = channels_last(picked)
+        second = None if other is None else rows_of(channels_last(other))
+        shape = torch.Size((image.shape[0], weight.shape[0], *image.shape[2:]))
+        return image_of(end.tiled(matrix, rows_of(image), second, trace), shape)
 
     return run
 
@@ -104,15 +146,21 @@ def prepare_linear(call: KernelCall) -> Kernel:
     """`[*, in]` with a constant weight `[out, in]`."""
     x, weight, bias = call.args[:3]
     x, weight = _checked(x, weight, bias)
-    zero = call.options.get("x_zero", 0)
-    sums = linear_sums(x, weight, bias, zero)
-    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias))
-    size = weight.shape[0]
+    zero, size = call.options.get("x_zero", 0), weight.shape[0]
+    bound = product_bound(weight, x.low - zero, x.high - zero, bias)
+    matrix = matrix_of(x, weight, bias, zero)
+    end = _End(call, bound, None if matrix is None else matrix.start)
+    sums = linear_sums(x, weight, bias, zero) if matrix is None else None
 
     def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
-        total = sums(values.reshape(-1, values.shape[-1]))
+        rows = values.reshape(-1, values.shape[-1])
         second = None if other is None else other.reshape(-1, size)
-        return end.rows(total, second, trace).view(*values.shape[:-1], size)
+        if matrix is not None:
+            codes = end.tiled(matrix, rows.contiguous(), second, trace)
+        else:
+            assert sums is not None
+            codes = end.rows(sums(rows), second, trace)
+        return codes.view(*values.shape[:-1], size)
 
     return run
 
@@ -167,13 +215,16 @@ def _batched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _ordered(y: torch.Tensor) -> torch.Tensor:
     """A matrix stored by rows or by columns."""
-    return y if y.is_contiguous() or y.t().is_contiguous() else y.contiguous()
+    if y.stride(0) == 1:
+        return y.t().contiguous().t()
+    return y.contiguous()
 
 
 class _End:
     """The end of a product: rescaling, with a residual or without, or the accumulator itself."""
 
-    def __init__(self, call: KernelCall, bound: int) -> None:
+    def __init__(self, call: KernelCall, bound: int, start: torch.Tensor | None = None) -> None:
+        self.start = start
         args, options = call.args, call.options
         with_residual = call.operator != "matmul"
         residual, multiplier = (args[3], args[4]) if with_residual else (None, args[2])
@@ -190,7 +241,7 @@ class _End:
             return
         if isinstance(multiplier, Operand) or isinstance(shift, Operand) or isinstance(other, Operand):
             raise NoFastForm("a multiplier is computed")
-        terms = [Term(multiplier.reshape(-1) if multiplier.dim() else multiplier, bound)]
+        terms = [Term(multiplier.reshape(-1) if multiplier.dim() else multiplier, bound, 0, start)]
         if residual is not None and other is not None:
             if not isinstance(residual, Operand):
                 raise NoFastForm("the residual is a constant")
@@ -207,6 +258,23 @@ class _End:
             return self._raw(sums)
         return self.finish.rows(sums, other, trace)
 
+    def tiled(
+        self, matrix: Matrix, x: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None
+    ) -> torch.Tensor:
+        """Codes of the products of `x` `[rows, in]`."""
+        size = matrix.packed.shape[1]
+        storage = torch.int32 if self.finish is None else self.finish.qtype.storage
+        out = torch.empty(x.shape[0], size, dtype=storage)
+        for part, sums in matrix.tiles(x):
+            second = None if other is None else other[part]
+            if self.finish is None:
+                out[part] = self._raw(sums)
+            elif trace is None:
+                self.finish.fill(sums, second, out[part])
+            else:
+                out[part] = self.finish.rows(sums, second, trace)
+        return out
+
     def flat(self, sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
         """Codes of sums of any shape, with one multiplier."""
         if self.finish is None:
@@ -216,6 +284,7 @@ class _End:
     def _raw(self, sums: torch.Tensor) -> torch.Tensor:
         """The accumulator; bounds of 32 bits are beyond what float32 can compare, but sums within it are exact."""
         whole = sums.to(torch.int32)
+        whole = whole if self.start is None else whole.add_(self.start)
         return whole.clamp_(self.options["low"], self.options["high"])
 
 

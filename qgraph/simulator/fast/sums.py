@@ -8,7 +8,8 @@ otherwise      carried in float32 within 2**24, else in float64 (also on devices
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -166,31 +167,61 @@ def carrier(weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int
 # --- matrices -------------------------------------------------------------------------------------------------------
 
 
+class Matrix:
+    """A constant weight for `_int_mm`: sums of `x @ weight.t()` in int32, to which `start` is still to be added.
+
+    Args:
+        weight: int8 `[out, in]`.
+        start: int32 `[out]`: the bias, and what the zero point of `x` takes away; None for zeros.
+    """
+
+    def __init__(self, weight: torch.Tensor, start: torch.Tensor | None) -> None:
+        self.packed, self.start = weight.contiguous().t(), start
+
+    def tiles(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Sums of `x` `[rows, in]` (int8, uint8 or int16, contiguous), some rows at a time, in memory that is used again."""
+        columns = self.packed.shape[1]
+        height = max(TILE // max(columns, 1), 1)
+        for first in range(0, x.shape[0], height):
+            part = slice(first, min(first + height, x.shape[0]))
+            rows = part.stop - first
+            yield part, multiplied(x[part], self.packed, scratch(rows * columns).view(rows, columns))
+
+
+TILE = 1 << 17  # sums that stay in a core's cache until they are rescaled
+_LOCAL = threading.local()
+
+
+def scratch(count: int) -> torch.Tensor:
+    """`count` int32 numbers, the same memory at every call of a thread: fresh memory costs more than the sums in it."""
+    held: torch.Tensor | None = getattr(_LOCAL, "memory", None)
+    if held is None or held.numel() < count:
+        held = _LOCAL.memory = torch.empty(max(count, TILE), dtype=torch.int32)
+    return held[:count]
+
+
+def matrix_of(x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int) -> Matrix | None:
+    """`weight` `[out, in]` prepared for `_int_mm`, if that is exact for `x`."""
+    if not matrices_multiply(x.device, weight.shape[1]) or weight.dtype is not torch.int8:
+        return None
+    if x.dtype not in (*_BYTES, torch.int16):
+        return None
+    # The sum of the codes themselves, then what the zero point takes away; all of it in int32.
+    start = torch.zeros(weight.shape[0], dtype=torch.int64) if bias is None else bias.to(torch.int64)
+    start = start - zero * weight.to(torch.int64).sum(1)
+    if product_bound(weight, x.low, x.high, start) > qint32.qmax:
+        return None
+    return Matrix(weight, start.to(torch.int32) if bool((start != 0).any()) else None)
+
+
 def linear_sums(x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int) -> Sums:
-    """Sums of `x` `[rows, in]` and `weight` `[out, in]`: int32, float32 or float64 `[rows, out]`."""
-    low, high = x.low - zero, x.high - zero
-    if matrices_multiply(x.device, weight.shape[1]) and weight.dtype is torch.int8 and x.dtype in (*_BYTES, torch.int16):
-        # The sum of the codes themselves, then what the zero point takes away; all of it in int32.
-        addend = torch.zeros(weight.shape[0], dtype=torch.int64) if bias is None else bias.to(torch.int64)
-        addend = addend - zero * weight.to(torch.int64).sum(1)
-        if product_bound(weight, x.low, x.high, addend) <= qint32.qmax:
-            return _matrix_sums(weight, addend.to(torch.int32) if bool((addend != 0).any()) else None)
-    wide = carrier(weight, bias, low, high, x.device)
+    """Sums of `x` `[rows, in]` and `weight` `[out, in]` carried in floats: float32 or float64 `[rows, out]`."""
+    wide = carrier(weight, bias, x.low - zero, x.high - zero, x.device)
     held, offset = weight.to(wide), None if bias is None else bias.to(wide)
 
     def sums(values: torch.Tensor) -> torch.Tensor:
         codes = values.to(wide)
         return F.linear(codes - zero if zero else codes, held, offset)
-
-    return sums
-
-
-def _matrix_sums(weight: torch.Tensor, addend: torch.Tensor | None) -> Sums:
-    packed = weight.contiguous().t()
-
-    def sums(values: torch.Tensor) -> torch.Tensor:
-        total = multiplied(values.contiguous(), packed)
-        return total if addend is None else total.add_(addend)
 
     return sums
 
