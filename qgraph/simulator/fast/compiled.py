@@ -20,6 +20,8 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,6 +39,36 @@ def scale_f32(a, start, m, low, high, zero, out):
         for j in range(a.shape[1]):
             t = np.rint(np.float32(a[i, j] + start[j]) * m[j])
             out[i, j] = np.int32(min(max(t, low), high)) + zero
+
+
+@intrinsic
+def _fused(context, x, y, z):
+    """`x * y + z` in float32 with one rounding."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@_compiled
+def scale_fused(a, start, m, low, high, zero, out):
+    """The exact product `(a + start) * m` of two float32 numbers, rounded once, half to even.
+
+    Rounding the product to float32 first can only move it onto a tie, never across one, because ties are float32 numbers.
+    The error of that rounding is a float32 number too; its sign says on which side of the tie the product was. `a`, `start`
+    and their sum are whole numbers within 2**24.
+    """
+    half, nothing = np.float32(0.5), np.float32(0)
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            x = np.float32(a[i, j]) + start[j]
+            t = x * m[j]
+            error = _fused(x, m[j], -t)
+            r = np.rint(t)
+            d = t - r
+            r += d + d if (abs(d) == half) & (error * d > nothing) else nothing
+            out[i, j] = np.int32(min(max(r, low), high)) + zero
 
 
 @_compiled

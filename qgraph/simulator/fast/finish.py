@@ -2,7 +2,7 @@
 
 A `Finish` knows the rule, the factors and bounds of its terms, and chooses once how to compute:
 
-    f32   the float rule itself, or a fixed-point rule whose every threshold was checked (`steps.py`)
+    f32   the float rule, as it is defined
     f64   multipliers times `2**-shift` in float64, where products and sums have at most 53 bits
     int   64-bit integers, for all the rest
 
@@ -28,9 +28,8 @@ from qgraph.numerics import (
     parse_qtype,
 )
 from qgraph.numerics.rounding import round_float
-from qgraph.simulator.fast.exact import DOUBLE, exact_in_double, largest
+from qgraph.simulator.fast.exact import DOUBLE, SINGLE, exact_in_double, largest
 from qgraph.simulator.fast.loops import loops
-from qgraph.simulator.fast.steps import step_factors
 from qgraph.simulator.kernel import NoFastForm
 from qgraph.simulator.trace import KernelTrace
 
@@ -94,7 +93,6 @@ class Finish:
         if self.is_sum and self.rule.form is ScaleForm.FIXED_POINT_TWO:
             raise NoFastForm("two-step rescaling defines no sums")
         self.way = self._way()
-        self.single = self._single()
         self.columns: dict[int, _Columns] = {}
         self.float_factors: dict[torch.device, list[torch.Tensor]] = {}
 
@@ -110,20 +108,6 @@ class Finish:
         total = largest(self._constant()) + sum(term.bound * largest(term.multiplier) for term in self.terms)
         total += sum(abs(term.zero) * largest(term.multiplier) for term in self.terms)
         return "f64" if total < DOUBLE else "int"
-
-    def _single(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """float32 factors and addends that give the same codes as the fixed-point rule, if there are."""
-        if self.rule.form is ScaleForm.FLOAT or self.is_sum or self.factors is not None or self.qtype.bits > 8:
-            return None
-        if loops() is not None:  # one pass in 64 bits costs little more
-            return None
-        assert self.shift is not None
-        term = self.terms[0]
-        if term.zero or term.start is not None:
-            return None
-        return step_factors(
-            self.rule, Factor(term.multiplier, self.shift), term.bound, self.low - self.zero, self.high - self.zero
-        )
 
     def _constant(self) -> torch.Tensor | None:
         """The offset of a fixed-point sum, with what the zero points of its terms contribute."""
@@ -217,18 +201,8 @@ class Finish:
         if self.factors is not None:
             assert b is not None
             return self._finished(self._product(a, b), low, high, storage)
-        if self.single is not None and a.dtype is torch.float32 and low >= self.low - self.zero - 1:
-            return self._stepped(a, low, high, storage)
         values = [a] if b is None else [a, b]
         return self._finished(values, low, high, storage)
-
-    def _stepped(self, a: torch.Tensor, low: int, high: int, storage: torch.dtype) -> torch.Tensor:
-        assert self.single is not None
-        factor, addend = self.single
-        scaled = a.mul_(factor)
-        if addend.numel():
-            scaled += torch.copysign(addend, scaled)
-        return _stored(scaled.round_(), low, high, self.zero, storage)
 
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
         assert self.factors is not None
@@ -316,12 +290,31 @@ class _Columns:
         self.first, self.second = self._roundings(rule, spread(finish.shift).astype(np.int64))
         constant = finish._constant() if finish.is_sum else None
         self.offset = spread(constant)
+        self.single = None
+        if self._fits_single(finish):
+            self.single = spread(terms[0].multiplier).astype(np.float32) * np.ldexp(1.0, -self.first[0]).astype(
+                np.float32
+            )
         if finish.way == "f64":
             power = np.ldexp(1.0, -self.first[0])
             self.multipliers = [m.astype(np.float64) * power for m in self.multipliers]
             self.offset = self.offset.astype(np.float64) * power
         else:
             self.multipliers = [m.astype(np.int64) for m in self.multipliers]
+
+    @staticmethod
+    def _fits_single(finish: Finish) -> bool:
+        """Whether sums and multipliers are float32 numbers and the codes far below 2**22, as `scale_fused` wants."""
+        term, even = finish.terms[0], finish.rule.rounding is Rounding.HALF_EVEN
+        return (
+            finish.way == "f64"
+            and even
+            and finish.factors is None
+            and not finish.is_sum
+            and finish.qtype.bits <= 16
+            and term.bound + largest(term.start) <= SINGLE  # the sum without what is added to it, too
+            and largest(term.multiplier) <= SINGLE
+        )
 
     def _roundings(self, rule: RequantizeRule, shift: Any) -> tuple[Any, Any]:
         if rule.first_rounding is None:
@@ -343,6 +336,8 @@ class _Columns:
         f32 = np.float32
         if finish.way == "f32":
             loops().scale_f32(a, self._start(a), m, f32(low), f32(high), zero, out)
+        elif self.single is not None:
+            loops().scale_fused(a, self.starts[np.float32], self.single, f32(low), f32(high), zero, out)
         elif finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN:
             loops().scale_f64(a, self.starts[np.float64], m, float(low), float(high), zero, out)
         elif finish.rule.first_rounding is None:
