@@ -131,16 +131,15 @@ def _pairs(finish: Finish, swapped: Finish, one_factor: bool) -> Kernel:
 
 def _against_rows(finish: Finish, x: torch.Tensor, y: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
     """`y` is smaller than `x`: one entry per row, one row for all, or another shape."""
-    shape = torch.broadcast_shapes(x.shape, y.shape)
-    if shape == x.shape and x.dim():
-        width, tall = x.shape[-1], (1,) * (x.dim() - y.dim()) + tuple(y.shape)
-        if tall[-1] == 1 and tall[:-1] == x.shape[:-1]:
-            return finish.rows(x.reshape(-1, width), y.reshape(-1, 1), trace).view(x.shape)
-        if y.dim() and y.numel() == y.shape[-1] == width:
-            return finish.rows(x.reshape(-1, width), y.reshape(1, width), trace).view(x.shape)
-        lead = next((i for i, (a, b) in enumerate(zip(tall, x.shape, strict=True)) if a == b and a > 1), x.dim())
-        if lead and tall[lead:] == x.shape[lead:] and y.numel():  # the same block for every sample
-            return finish.rows(x.reshape(-1, y.numel()), y.reshape(1, -1), trace).view(x.shape)
+    shape, rank = x.shape, x.dim()
+    if 0 < y.dim() <= rank and x.numel():
+        tall = (1,) * (rank - y.dim()) + tuple(y.shape)
+        if tall[-1] == 1 and tall[:-1] == shape[:-1]:
+            return finish.rows(x.reshape(-1, shape[-1]), y.reshape(-1, 1), trace).view(shape)
+        # The same block for every sample: y's dimensions are 1, then those of x.
+        first = next((i for i, size in enumerate(tall) if size != 1), rank)
+        if tall[first:] == shape[first:]:
+            return finish.rows(x.reshape(-1, y.numel()), y.reshape(1, -1), trace).view(shape)
     return finish.any(x, y, trace)
 
 

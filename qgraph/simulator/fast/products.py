@@ -202,14 +202,14 @@ def _batched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     n, m = x.shape[-2], y.shape[-1]
     if x.dim() == 2 and y.dim() == 2:
         return multiplied(x.contiguous(), _ordered(y))
-    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    left = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
-    right = y.expand(*batch, *y.shape[-2:])
-    right = right.reshape(-1, *y.shape[-2:]) if len(batch) > 1 or right.dim() != 3 else right
+    batch = x.shape[:-2]
+    if batch != y.shape[:-2]:
+        batch = torch.broadcast_shapes(batch, y.shape[:-2])
+        x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+    left, right = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
     total = torch.empty(*batch, n, m, dtype=torch.int32)
-    flat = total.view(-1, n, m)
-    for index in range(flat.shape[0]):
-        multiplied(left[index].contiguous(), _ordered(right[index]), flat[index])
+    for a, b, out in zip(left.unbind(0), right.unbind(0), total.view(-1, n, m).unbind(0), strict=True):
+        multiplied(a.contiguous(), _ordered(b), out)
     return total
 
 
