@@ -18,7 +18,7 @@ import torch
 Kernel: TypeAlias = Callable[..., torch.Tensor]
 
 
-class NoFastForm(Exception):  # noqa: N818 - named for what happened, caught within the simulator
+class NoFastForm(Exception):
     """A prepared kernel has no form for this call; the message says why."""
 
 

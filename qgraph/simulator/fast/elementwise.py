@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qgraph.numerics import ScaleForm, lookup, parse_arithmetic, parse_qtype, qint32
-from qgraph.simulator.fast.finish import Finish, Term
+from qgraph.numerics import ScaleForm, lookup, parse_arithmetic, parse_qtype
+from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, dense, memory, shaped_as
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
 from qgraph.simulator.reference import KERNELS as REFERENCE
 from qgraph.simulator.trace import KernelTrace

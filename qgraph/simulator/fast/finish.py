@@ -11,10 +11,8 @@ Each way exists compiled (numba, arrays of rows) and as torch operators (any sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from qgraph.numerics import (
@@ -28,8 +26,10 @@ from qgraph.numerics import (
     parse_qtype,
 )
 from qgraph.numerics.rounding import round_float
-from qgraph.simulator.fast.exact import DOUBLE, SINGLE, exact_in_double, largest
+from qgraph.simulator.fast.columns import Loop, bound_loop
+from qgraph.simulator.fast.exact import DOUBLE, exact_in_double, largest
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import NoFastForm
 from qgraph.simulator.trace import KernelTrace
 
@@ -37,23 +37,6 @@ _HIGH_BITS = 31
 _CHUNK = 1 << 17  # elements of wide temporaries that stay in a core's cache
 _COLUMNS = 1024
 _NARROW = (torch.int8, torch.uint8, torch.int16)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of a sum.
-
-    Args:
-        multiplier: its factor, broadcastable to the result.
-        bound: bound of the magnitude of `value - zero + start`.
-        zero: zero point of its codes.
-        start: int32, what is added to its values before all else, as a bias; `[]` or broadcastable.
-    """
-
-    multiplier: torch.Tensor
-    bound: int
-    zero: int = 0
-    start: torch.Tensor | None = None
 
 
 class Finish:
@@ -93,7 +76,10 @@ class Finish:
         if self.is_sum and self.rule.form is ScaleForm.FIXED_POINT_TWO:
             raise NoFastForm("two-step rescaling defines no sums")
         self.way = self._way()
-        self.columns: dict[int, _Columns] = {}
+        even = self.rule.rounding is Rounding.HALF_EVEN
+        on_cpu = terms[0].multiplier.device.type == "cpu"
+        self.compiles = on_cpu and loops() is not None and (even or self.rule.form is not ScaleForm.FLOAT)
+        self.loops: dict[tuple[int, bool], Loop] = {}
         self.float_factors: dict[torch.device, list[torch.Tensor]] = {}
 
     def _way(self) -> str:
@@ -105,11 +91,11 @@ class Finish:
         if not self.is_sum:
             exact = exact_in_double(self.terms[0].bound, self.terms[0].multiplier, self.shift, self.qtype.bits)
             return "f64" if exact else "int"
-        total = largest(self._constant()) + sum(term.bound * largest(term.multiplier) for term in self.terms)
+        total = largest(self.constant()) + sum(term.bound * largest(term.multiplier) for term in self.terms)
         total += sum(abs(term.zero) * largest(term.multiplier) for term in self.terms)
         return "f64" if total < DOUBLE else "int"
 
-    def _constant(self) -> torch.Tensor | None:
+    def constant(self) -> torch.Tensor | None:
         """The offset of a fixed-point sum, with what the zero points of its terms contribute."""
         constant = None if self.offset is None else self.offset.to(torch.int64)
         for term in self.terms:
@@ -127,17 +113,15 @@ class Finish:
 
     def fill(self, a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
         """As `rows`, into `out`; for the parts of a larger result."""
-        low, high = self.low - self.zero, self.high - self.zero
-        if self._compiles(a):
-            other = None if b is None else b.numpy()
-            self._columns(a.shape[1]).run(self, a.numpy(), other, low, high, out.numpy())
+        if self.compiles:
+            self.loop(a.shape[1], False)(a.numpy(), None if b is None else b.numpy(), out.numpy())
         else:
-            out.copy_(self._any(a, b, low, high, self.qtype.storage))
+            out.copy_(self._any(a, b, False))
 
     def flat(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of contiguous `a` `[n]` (and `b` `[n]`) with one factor for all."""
         size = a.numel()
-        if not self._compiles(a) or size <= _COLUMNS:
+        if not self.compiles or size <= _COLUMNS:
             return self.rows(a.reshape(1, -1), None if b is None else b.reshape(1, -1), trace).reshape(-1)
         return self._bounded(self._flat, a, b, trace)
 
@@ -148,61 +132,65 @@ class Finish:
     def _bounded(
         self, compute: Any, a: torch.Tensor, b: torch.Tensor | None, trace: KernelTrace | None
     ) -> torch.Tensor:
-        low, high = self.low - self.zero, self.high - self.zero
         if trace is None:
-            result: torch.Tensor = compute(a, b, low, high, self.qtype.storage)
+            result: torch.Tensor = compute(a, b, False)
             return result
-        # One code more on the sides that no activation bounds tells what did not fit.
-        below, above = int(self.low == self.qtype.qmin), int(self.high == self.qtype.qmax)
-        wide: torch.Tensor = compute(
-            a, b, low - below, high + above, torch.int16 if self.qtype.bits <= 8 else torch.int32
-        )
+        wide: torch.Tensor = compute(a, b, True)
         bounded = wide.clamp(self.low, self.high)
         trace.saturated += int(torch.count_nonzero(wide != bounded))
         return bounded.to(self.qtype.storage)
 
-    def _compiles(self, a: torch.Tensor) -> bool:
-        rounds_even = self.rule.rounding is Rounding.HALF_EVEN
-        return loops() is not None and a.device.type == "cpu" and (rounds_even or self.rule.form is not ScaleForm.FLOAT)
+    def limits(self, wide: bool) -> tuple[int, int, torch.dtype]:
+        """Bounds of rounded values before the zero point is added, and the dtype that holds them after.
 
-    def _rows(self, a: torch.Tensor, b: torch.Tensor | None, low: int, high: int, storage: torch.dtype) -> torch.Tensor:
-        if self._compiles(a):
-            out = torch.empty(a.shape, dtype=storage)
-            self._columns(a.shape[1]).run(self, a.numpy(), None if b is None else b.numpy(), low, high, out.numpy())
+        Args:
+            wide: with one code more on the sides that no activation bounds, to see what did not fit.
+        """
+        low, high = self.low - self.zero, self.high - self.zero
+        if not wide:
+            return low, high, self.qtype.storage
+        below, above = int(self.low == self.qtype.qmin), int(self.high == self.qtype.qmax)
+        return low - below, high + above, torch.int16 if self.qtype.bits <= 8 else torch.int32
+
+    def loop(self, columns: int, wide: bool) -> Loop:
+        """The compiled loop for so many columns, with its constants."""
+        found = self.loops.get((columns, wide))
+        if found is None:
+            found = self.loops[columns, wide] = bound_loop(self, columns, wide)
+        return found
+
+    def _rows(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
+        if self.compiles:
+            out = torch.empty(a.shape, dtype=self.limits(wide)[2])
+            self.loop(a.shape[1], wide)(a.numpy(), None if b is None else b.numpy(), out.numpy())
             return out
         if a.numel() <= _CHUNK or a.shape[0] == 1:
-            return self._any(a, b, low, high, storage)
-        out, height = torch.empty(a.shape, dtype=storage, device=a.device), max(_CHUNK // a.shape[1], 1)
+            return self._any(a, b, wide)
+        out = torch.empty(a.shape, dtype=self.limits(wide)[2], device=a.device)
+        height = max(_CHUNK // a.shape[1], 1)
         for first in range(0, a.shape[0], height):
             part = slice(first, first + height)
             other = b if b is None or b.shape[0] == 1 else b[part]
-            out[part] = self._any(a[part], other, low, high, storage)
+            out[part] = self._any(a[part], other, wide)
         return out
 
-    def _flat(self, a: torch.Tensor, b: torch.Tensor | None, low: int, high: int, storage: torch.dtype) -> torch.Tensor:
+    def _flat(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
         """Blocks of columns, and a rest."""
-        size, out = a.numel(), torch.empty(a.shape, dtype=storage)
+        size, out = a.numel(), torch.empty(a.shape, dtype=self.limits(wide)[2])
         head = size - size % _COLUMNS
         for part, width in ((slice(0, head), _COLUMNS), (slice(head, size), size - head)):
             if width:
                 first, second = (None if t is None else t[part].view(-1, width).numpy() for t in (a, b))
-                self._columns(width).run(self, first, second, low, high, out[part].view(-1, width).numpy())
+                self.loop(width, wide)(first, second, out[part].view(-1, width).numpy())
         return out
-
-    def _columns(self, count: int) -> _Columns:
-        found = self.columns.get(count)
-        if found is None:
-            found = self.columns[count] = _Columns(self, count)
-        return found
 
     # --- torch operators --------------------------------------------------------------------------------------------
 
-    def _any(self, a: torch.Tensor, b: torch.Tensor | None, low: int, high: int, storage: torch.dtype) -> torch.Tensor:
+    def _any(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
         if self.factors is not None:
             assert b is not None
-            return self._finished(self._product(a, b), low, high, storage)
-        values = [a] if b is None else [a, b]
-        return self._finished(values, low, high, storage)
+            return self._finished(self._product(a, b), *self.limits(wide))
+        return self._finished([a] if b is None else [a, b], *self.limits(wide))
 
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
         assert self.factors is not None
@@ -267,131 +255,3 @@ def _started(values: torch.Tensor, term: Term) -> torch.Tensor:
 def _stored(values: torch.Tensor, low: int, high: int, zero: int, storage: torch.dtype) -> torch.Tensor:
     bounded = values.clamp_(low, high)
     return (bounded.add_(zero) if zero else bounded).to(storage)
-
-
-class _Columns:
-    """A `Finish`'s constants as arrays with one entry per column."""
-
-    def __init__(self, finish: Finish, count: int) -> None:
-        rule, terms = finish.rule, finish.terms
-
-        def spread(values: torch.Tensor | None) -> Any:
-            if values is None:
-                return np.zeros(count, np.int64)
-            return np.ascontiguousarray(values.reshape(-1).expand(count).numpy())
-
-        self.multipliers = [spread(term.multiplier) for term in terms]
-        self.zeros = [term.zero for term in (finish.factors or terms)] + [0]
-        whole = spread(terms[0].start).astype(np.int64) - (0 if finish.factors else terms[0].zero)
-        self.starts = {kind: whole.astype(kind) for kind in (np.int32, np.float32, np.float64)} | {np.int64: whole}
-        if finish.way == "f32":
-            self.offset = spread(finish.offset if finish.offset is not None else torch.tensor(0.0)).astype(np.float32)
-            return
-        self.first, self.second = self._roundings(rule, spread(finish.shift).astype(np.int64))
-        constant = finish._constant() if finish.is_sum else None
-        self.offset = spread(constant)
-        self.single = None
-        if self._fits_single(finish):
-            self.single = spread(terms[0].multiplier).astype(np.float32) * np.ldexp(1.0, -self.first[0]).astype(
-                np.float32
-            )
-        if finish.way == "f64":
-            power = np.ldexp(1.0, -self.first[0])
-            self.multipliers = [m.astype(np.float64) * power for m in self.multipliers]
-            self.offset = self.offset.astype(np.float64) * power
-        else:
-            self.multipliers = [m.astype(np.int64) for m in self.multipliers]
-
-    @staticmethod
-    def _fits_single(finish: Finish) -> bool:
-        """Whether sums and multipliers are float32 numbers and the codes far below 2**22, as `scale_fused` wants."""
-        term, even = finish.terms[0], finish.rule.rounding is Rounding.HALF_EVEN
-        return (
-            finish.way == "f64"
-            and even
-            and finish.factors is None
-            and not finish.is_sum
-            and finish.qtype.bits <= 16
-            and term.bound + largest(term.start) <= SINGLE  # the sum without what is added to it, too
-            and largest(term.multiplier) <= SINGLE
-        )
-
-    def _roundings(self, rule: RequantizeRule, shift: Any) -> tuple[Any, Any]:
-        if rule.first_rounding is None:
-            return _rounding(shift, rule.rounding), _rounding(shift * 0, rule.rounding)
-        first = np.minimum(shift, _HIGH_BITS)
-        return _rounding(first, rule.first_rounding), _rounding(shift - first, rule.rounding)
-
-    def run(self, finish: Finish, a: Any, b: Any, low: int, high: int, out: Any) -> None:
-        """Fills `out`."""
-        if finish.factors is not None:
-            self._product(finish, a, b, low, high, out)
-        elif b is not None or finish.is_sum:
-            self._sum(finish, a, b, low, high, out)
-        else:
-            self._scale(finish, a, low, high, out)
-
-    def _scale(self, finish: Finish, a: Any, low: int, high: int, out: Any) -> None:
-        (m,), zero = self.multipliers, np.int32(finish.zero)
-        f32 = np.float32
-        if finish.way == "f32":
-            loops().scale_f32(a, self._start(a), m, f32(low), f32(high), zero, out)
-        elif self.single is not None:
-            loops().scale_fused(a, self.starts[np.float32], self.single, f32(low), f32(high), zero, out)
-        elif finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN:
-            loops().scale_f64(a, self.starts[np.float64], m, float(low), float(high), zero, out)
-        elif finish.rule.first_rounding is None:
-            loops().scale_int(a, self.starts[np.int64], self._whole(finish, 0), self.first, low, high, finish.zero, out)
-        else:
-            loops().scale_two(a, self.starts[np.int64], m, self.first, self.second, low, high, finish.zero, out)
-
-    def _sum(self, finish: Finish, a: Any, b: Any, low: int, high: int, out: Any) -> None:
-        zero, f32 = np.int32(finish.zero), np.float32
-        if b is None:  # one term and an offset: a second term of zeros
-            b, mb, zb = np.zeros((1, 1), np.int8), self.multipliers[0] * 0, 0
-        else:
-            mb, zb = self.multipliers[1], self.zeros[1]
-        if finish.way == "f32":
-            ma = self.multipliers[0]
-            loops().sum_f32(a, self._start(a), ma, b, f32(zb), mb, self.offset, f32(low), f32(high), zero, out)
-        elif finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN:
-            loops().sum_f64(a, self.multipliers[0], b, mb, self.offset, float(low), float(high), zero, out)
-        else:
-            whole = [self._whole(finish, i) for i in range(len(self.multipliers))] + [np.zeros(len(mb), np.int64)]
-            offset = self._whole_offset(finish)
-            loops().sum_int(a, whole[0], b, whole[1], offset, self.first, low, high, finish.zero, out)
-
-    def _product(self, finish: Finish, a: Any, b: Any, low: int, high: int, out: Any) -> None:
-        (m,), (za, zb, *_), zero = self.multipliers, self.zeros, np.int32(finish.zero)
-        f32 = np.float32
-        if finish.way == "f32":
-            loops().mul_f32(a, float(za), b, float(zb), m, f32(low), f32(high), zero, out)
-        elif finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN:
-            loops().mul_f64(a, float(za), b, float(zb), m, float(low), float(high), zero, out)
-        else:
-            loops().mul_int(a, za, b, zb, self._whole(finish, 0), self.first, self.second, low, high, finish.zero, out)
-
-    def _start(self, a: Any) -> Any:
-        """What is added to `a` before it is rounded to float32; nothing where `a` is float32 already."""
-        return self.starts[np.float32] if a.dtype == np.float32 else self.starts[np.int32]
-
-    def _whole(self, finish: Finish, term: int) -> Any:
-        """Integer multipliers, also where the way is f64 but the rounding is not to even."""
-        values = finish.terms[term].multiplier.to(torch.int64).reshape(-1)
-        return np.ascontiguousarray(values.expand(len(self.multipliers[0])).numpy())
-
-    def _whole_offset(self, finish: Finish) -> Any:
-        constant = finish._constant()
-        constant = torch.zeros((), dtype=torch.int64) if constant is None else constant
-        return np.ascontiguousarray(constant.reshape(-1).expand(len(self.multipliers[0])).numpy())
-
-
-def _rounding(shift: Any, rounding: Rounding) -> Any:
-    """`[shift, add, even, away]` as the compiled loops take them."""
-    some = (shift > 0).astype(np.int64)
-    half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 0)
-    none = np.zeros_like(some)
-    add = {Rounding.HALF_EVEN: half - some, Rounding.FLOOR: none}.get(rounding, half)
-    even = some if rounding is Rounding.HALF_EVEN else none
-    away = -some if rounding is Rounding.HALF_AWAY else none
-    return np.stack([shift, add, even, away])

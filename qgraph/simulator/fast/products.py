@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from qgraph.numerics import parse_arithmetic, parse_qtype, qint32
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
-from qgraph.simulator.fast.finish import Finish, Term
+from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, image_of, rows_of
 from qgraph.simulator.fast.sums import (
     TILE,
@@ -21,6 +21,7 @@ from qgraph.simulator.fast.sums import (
     matrix_of,
     multiplied,
 )
+from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
 from qgraph.simulator.trace import KernelTrace
 
@@ -264,7 +265,10 @@ class _End:
         """Codes of the products of `x` `[rows, in]`."""
         size = matrix.packed.shape[1]
         storage = torch.int32 if self.finish is None else self.finish.qtype.storage
-        out = torch.empty(x.shape[0], size, dtype=storage)
+        out = torch.empty(x.shape[0], size, dtype=storage, device=x.device)
+        if trace is None and self.finish is not None and x.shape[0] * size <= TILE:
+            self.finish.fill(matrix.all(x), other, out)
+            return out
         for part, sums in matrix.tiles(x):
             second = None if other is None else other[part]
             if self.finish is None:

@@ -178,6 +178,11 @@ class Matrix:
     def __init__(self, weight: torch.Tensor, start: torch.Tensor | None) -> None:
         self.packed, self.start = weight.contiguous().t(), start
 
+    def all(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums of all of `x`, in memory that is used again."""
+        rows, columns = x.shape[0], self.packed.shape[1]
+        return multiplied(x, self.packed, scratch(rows * columns).view(rows, columns))
+
     def tiles(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Sums of `x` `[rows, in]` (int8, uint8 or int16, contiguous), some rows at a time, in memory that is used again."""
         columns = self.packed.shape[1]

@@ -8,8 +8,9 @@ import torch
 
 from qgraph.numerics import qint32
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE
-from qgraph.simulator.fast.finish import Finish, Term
+from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import dense, memory, shaped_as
+from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
 from qgraph.simulator.reference.windows import max_pool_size
 from qgraph.simulator.trace import KernelTrace
