@@ -181,6 +181,7 @@ class Simulator:
         self.gm = integer
         self.target: Target = target_of(integer)
         self.sites = {info(node).site: node for node in integer.graph.nodes if is_site(node)}
+        self._costs: dict[fx.Node, OpCost] = {}
         self._base = BASES.get(kernels)
         self._program = Program(integer, self._select(kernels))
         self._plain = None if self._base is not None else self._program
@@ -211,6 +212,13 @@ class Simulator:
     def _find(self, kernels: str, operator: str) -> Kernel | PreparedKernel | None:
         table = KERNEL_SETS[kernels]
         return table.get((operator, self.target.name)) or table.get((operator, ANY_TARGET))
+
+    def cost(self, node: fx.Node) -> OpCost:
+        """Estimated cost of a node on the example's shapes."""
+        found = self._costs.get(node)
+        if found is None:
+            found = self._costs[node] = op_cost(node, self.gm, self.target)
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, computed in integers."""
@@ -327,7 +335,7 @@ class _Session:
         record = info(node)
         if record.op.kind in (OpKind.STRUCTURE, OpKind.INPUT):
             return
-        cost = op_cost(node, self.simulator.gm, self.simulator.target)
+        cost = self.simulator.cost(node)
         elements = value.numel() if isinstance(value, torch.Tensor) else 0
         self.result.ops.append(OpReport(record.site, record.op.name, cost, trace.saturated, trace.overflowed, elements))
 

@@ -20,6 +20,7 @@ from qgraph.simulator.fast.sums import (
     matrices_multiply,
     matrix_of,
     multiplied,
+    scratch,
 )
 from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
@@ -192,26 +193,24 @@ def prepare_matmul(call: KernelCall) -> Kernel:
         if left.shape[-1] != terms:
             raise RuntimeError(f"a matrix product of {left.shape[-1]} terms was prepared for {terms}")
         if by_integers:
-            return end.flat(_batched(left, right), trace)
+            return _batched(left, right, end, trace)
         return end.flat(torch.matmul(left.to(wide) - x_zero, right.to(wide) - y_zero), trace)
 
     return run
 
 
-def _batched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """One matrix product after the other, each into its place."""
-    n, m = x.shape[-2], y.shape[-1]
-    if x.dim() == 2 and y.dim() == 2:
-        return multiplied(x.contiguous(), _ordered(y))
-    batch = x.shape[:-2]
+def _batched(x: torch.Tensor, y: torch.Tensor, end: _End, trace: KernelTrace | None) -> torch.Tensor:
+    """One matrix product after the other, rescaled before the next."""
+    n, m, batch = x.shape[-2], y.shape[-1], x.shape[:-2]
     if batch != y.shape[:-2]:
         batch = torch.broadcast_shapes(batch, y.shape[:-2])
         x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
     left, right = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
-    total = torch.empty(*batch, n, m, dtype=torch.int32)
-    for a, b, out in zip(left.unbind(0), right.unbind(0), total.view(-1, n, m).unbind(0), strict=True):
-        multiplied(a.contiguous(), _ordered(b), out)
-    return total
+    result = torch.empty(*batch, n, m, dtype=end.storage)
+    sums = scratch(n * m).view(n, m)
+    for a, b, out in zip(left.unbind(0), right.unbind(0), result.view(-1, n, m).unbind(0), strict=True):
+        end.fill(multiplied(a.contiguous(), _ordered(b), sums), out, trace)
+    return result
 
 
 def _ordered(y: torch.Tensor) -> torch.Tensor:
@@ -259,13 +258,24 @@ class _End:
             return self._raw(sums)
         return self.finish.rows(sums, other, trace)
 
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype of the result."""
+        return torch.int32 if self.finish is None else self.finish.qtype.storage
+
+    def fill(self, sums: torch.Tensor, out: torch.Tensor, trace: KernelTrace | None) -> None:
+        """Codes of sums `[rows, columns]` into `out`."""
+        if self.finish is None or trace is not None:
+            out.copy_(self.rows(sums, None, trace))
+        else:
+            self.finish.fill(sums, None, out)
+
     def tiled(
         self, matrix: Matrix, x: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None
     ) -> torch.Tensor:
         """Codes of the products of `x` `[rows, in]`."""
         size = matrix.packed.shape[1]
-        storage = torch.int32 if self.finish is None else self.finish.qtype.storage
-        out = torch.empty(x.shape[0], size, dtype=storage, device=x.device)
+        out = torch.empty(x.shape[0], size, dtype=self.storage)
         if trace is None and self.finish is not None and x.shape[0] * size <= TILE:
             self.finish.fill(matrix.all(x), other, out)
             return out
