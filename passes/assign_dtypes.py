@@ -8,7 +8,7 @@ computed differently yet, except that an operand in the wrong format gets a stub
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import fx
@@ -21,7 +21,7 @@ from qgraph.ir.op import OpKind, QuantRule
 from qgraph.ir.op_table import DEQUANT_STUB, FUSABLE, ITEM, QUANT_STUB
 from qgraph.ir.stage import Stage
 from qgraph.nn import QuantStub
-from qgraph.numerics import Format, QType, qint8, qint16
+from qgraph.numerics import Format, QType, Scheme, qint8, qint16
 from qgraph.pipeline import Pass, PassContext, PassResult
 from qgraph.quantization.qconfig import (
     DefaultQconfigSetter,
@@ -62,6 +62,7 @@ class _Planner:
     def __init__(self, edit: Editor, ctx: PassContext) -> None:
         self.edit = edit
         self.target: Target = ctx.target or get_target("bpu")
+        self.eight_bits = self.target.eight_bits
         self.setters = ctx.setters or as_setters(None)
         self.defaults = {setter.name for setter in self.setters if isinstance(setter, DefaultQconfigSetter)}
         self.formats: dict[fx.Node, QType] = {}
@@ -98,12 +99,24 @@ class _Planner:
         overrode: tuple[str, ...] = ()
         if record.op is not QUANT_STUB:
             weight, result, operands, overrode = self._legalized(node, operands, weight, result, rule)
-        plan = SitePlan(result, qconfig.activation_observer, False, rule, overrode, fixed)
+        scheme = self._scheme(node, result, rule)
+        plan = SitePlan(result, qconfig.activation_observer, False, rule, overrode, fixed, scheme)
         weight_plan = None
         if weight is not None:
-            weight_plan = SitePlan(weight, qconfig.weight_observer, self.target.weight_per_channel, rule, overrode)
+            per_channel, scheme = self.target.weight_per_channel, self.target.weight_scheme(weight)
+            weight_plan = SitePlan(weight, qconfig.weight_observer, per_channel, rule, overrode, scheme=scheme)
         self.edit.annotate(node, plan=plan, weight_plan=weight_plan)
         self.formats[node] = result
+
+    def _scheme(self, node: fx.Node, result: QType, rule: str) -> Scheme:
+        if str(result) not in self.target.activations:
+            raise QuantizationError(
+                f"{self.target.name} has no results in {result}",
+                where=where(node),
+                why=f"decided by: {rule}",
+                fix=f"use {', '.join(self.target.activations)}",
+            )
+        return self.target.activation_scheme(result)
 
     def _decide(self, record: NodeInfo) -> tuple[QConfig, str]:
         query = SiteQuery(record.site, record.module, record.stands_for, record.op.name)
@@ -111,6 +124,8 @@ class _Planner:
         qconfig, rule = resolve(self.setters, query)
         if record.inner and rule in self.defaults:
             return QConfig(qint16, qconfig.weight, None, qconfig.activation_observer), _INNER_RULE
+        if rule in self.defaults and qconfig.output == qint8:
+            return replace(qconfig, output=self.eight_bits), rule
         return qconfig, rule
 
     # --- legality --------------------------------------------------------------------------------------------
@@ -137,12 +152,15 @@ class _Planner:
                 self.notes.append(f"{info(node).site}: weight {qint8} instead of {weight}")
                 return qint8, result, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
             for position in reversed(range(len(operands))):
-                if weight is None and legal.accepts([*given[:position], qint8, *given[position + 1 :]], result):
-                    converted = self._convert(node, operands[position][1], qint8, rule)
+                if weight is None and legal.accepts(
+                    [*given[:position], self.eight_bits, *given[position + 1 :]], result
+                ):
+                    converted = self._convert(node, operands[position][1], self.eight_bits, rule)
                     changed = (*operands[:position], (operands[position][0], converted), *operands[position + 1 :])
-                    self.notes.append(f"{info(node).site}: operand {operands[position][0]} converted to int8")
+                    name = operands[position][0]
+                    self.notes.append(f"{info(node).site}: operand {name} converted to {self.eight_bits}")
                     return weight, result, changed, (f"{rule}: {request} is illegal on {self.target.name}",)
-            for other in (qint16, qint8):
+            for other in (qint16, self.eight_bits):
                 if legal.accepts(given, other):
                     self.notes.append(f"{info(node).site}: result {other} instead of {result}")
                     return weight, other, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
@@ -179,7 +197,9 @@ class _Planner:
         stub = self.edit.call_module(path, operand, op=QUANT_STUB, like=node, site=site)
         plan = info(operand).plan
         observer = plan.observer if plan is not None else "min_max"
-        self.edit.annotate(stub, value=info(operand).value, plan=SitePlan(wanted, observer, False, f"{rule}: input"))
+        scheme = self.target.activation_scheme(wanted)
+        planned = SitePlan(wanted, observer, False, f"{rule}: input", scheme=scheme)
+        self.edit.annotate(stub, value=info(operand).value, plan=planned)
         self.edit.replace_input(node, operand, stub)
         self.formats[stub] = wanted
         return stub

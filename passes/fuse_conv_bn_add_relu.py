@@ -28,6 +28,7 @@ from qgraph.ir.stage import Stage
 from qgraph.nn import Activation, Fused, as_fused
 from qgraph.pipeline import Numerics, PassContext, RewritePass, close
 from qgraph.rewrite import Match, Rule, Verdict, any_value, call, no, yes
+from qgraph.targets import Target, get_target
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class FuseConvBnAddRelu(RewritePass):
 
     def rules(self, gm: fx.GraphModule, ctx: PassContext) -> Sequence[Rule]:
         sharing = _Sharing(gm)
-        return [FoldBatchNorm(sharing), FuseAdd(sharing), FuseActivation(sharing)]
+        target = ctx.target or get_target("bpu")
+        return [FoldBatchNorm(sharing), FuseAdd(sharing, target), FuseActivation(sharing)]
 
 
 class _Sharing:
@@ -168,8 +170,14 @@ class FuseAdd(_Epilogue):
     residual = any_value()
     root = call(ADD, conv, residual)
 
+    def __init__(self, sharing: _Sharing, target: Target) -> None:
+        super().__init__(sharing)
+        self.target = target
+
     def check(self, match: Match) -> Verdict:
         conv, residual = match[self.conv], match.value(self.residual)
+        if not self.target.residual:
+            return no(f"{self.target.name} adds after it has rounded")
         if not isinstance(residual, fx.Node):
             return no("it adds a number, not a tensor")
         if residual is conv:

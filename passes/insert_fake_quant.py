@@ -18,10 +18,11 @@ from qgraph.ir.node_info import NodeInfo, SitePlan, info, module_of, where
 from qgraph.ir.op_table import FAKE_QUANT, TRANSPOSED
 from qgraph.ir.stage import Stage
 from qgraph.nn import as_fused
-from qgraph.numerics import QType
+from qgraph.numerics import Format, QType
 from qgraph.pipeline import Pass, PassContext, PassResult
 from qgraph.quantization.fake_quantize import BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 from qgraph.quantization.observers import make_observer
+from qgraph.targets import get_target
 
 CONTAINER = "quantizers"
 
@@ -41,10 +42,11 @@ class InsertFakeQuant(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
         weights: dict[_WeightKey, WeightFakeQuantize] = {}
+        target = ctx.target or get_target("bpu")
         for node in list(gm.graph.nodes):
             record = info(node)
             if record.weight_plan is not None:
-                _quantize_weight(node, record.weight_plan, weights, edit)
+                _quantize_weight(node, record.weight_plan, target.bias, weights, edit)
             if record.plan is not None and record.plan.observer != "none":
                 _quantize_result(node, record, record.plan, edit)
         return PassResult(gm, edit.changes > 0)
@@ -52,7 +54,7 @@ class InsertFakeQuant(Pass):
 
 def _quantize_result(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Editor) -> None:
     observer = None if plan.fixed_scale is not None else make_observer(plan.observer, -1)
-    module = FakeQuantize(record.site, _integer(plan, node), observer, fixed_scale=plan.fixed_scale)
+    module = FakeQuantize(record.site, _integer(plan, node), observer, fixed_scale=plan.fixed_scale, scheme=plan.scheme)
     path = edit.free_path(f"{CONTAINER}.{node_name(record.site)}")
     edit.set_module(path, module.eval())
     users = list(node.users)
@@ -62,16 +64,19 @@ def _quantize_result(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Edit
         edit.replace_input(user, node, rounded)
 
 
-def _quantize_weight(node: fx.Node, plan: SitePlan, known: dict[_WeightKey, WeightFakeQuantize], edit: Editor) -> None:
+def _quantize_weight(
+    node: fx.Node, plan: SitePlan, bias: Format, known: dict[_WeightKey, WeightFakeQuantize], edit: Editor
+) -> None:
     fused = as_fused(module_of(node))
     site = info(node).site
     weight = cast(nn.Parameter, fused.weight)
     axis = -1 if not plan.per_channel else 1 if info(node).op in TRANSPOSED else 0
     key = (id(weight), _integer(plan, node), plan.observer, axis)
     if key not in known:
-        known[key] = WeightFakeQuantize(f"{site}.weight", key[1], make_observer(plan.observer, axis))
+        observer = make_observer(plan.observer, axis)
+        known[key] = WeightFakeQuantize(f"{site}.weight", key[1], observer, scheme=plan.scheme)
     fused.weight_fake_quant = known[key].eval()
-    if fused.bias is not None:
+    if fused.bias is not None and isinstance(bias, QType):
         fused.bias_fake_quant = BiasFakeQuantize(f"{site}.bias").eval()
     edit.set_module(str(node.target), fused)
 

@@ -138,7 +138,8 @@ def _compare(
     node: fx.Node, exact: torch.Tensor, simulated: torch.Tensor, codes: torch.Tensor, qparams: QParams
 ) -> SiteConsistency:
     scale = qparams.shaped(qparams.scale, simulated.dim()).double()
-    gap = (torch.round(simulated.double() / scale) - codes.double()).abs()
+    zero = qparams.shaped(qparams.zero_points(), simulated.dim()).double()
+    gap = (torch.round(simulated.double() / scale) + zero - codes.double()).abs()
     steps = exact.double() / scale
     to_boundary = (steps - torch.floor(steps) - 0.5).abs()
     near_tie = (gap == 1) & (to_boundary <= 2.0 ** (qparams.qtype.bits - 20))

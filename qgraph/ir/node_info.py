@@ -18,7 +18,7 @@ from qgraph.errors import InternalError, UserError
 from qgraph.ir.op import Op
 from qgraph.ir.stage import Stage
 from qgraph.ir.values import ValueSpec
-from qgraph.numerics import Format, QParams
+from qgraph.numerics import Format, QParams, Scheme
 
 KEY = "qgraph"
 
@@ -46,6 +46,7 @@ class SitePlan:
         rule: the rule that decided.
         overrode: earlier decisions this one replaced, oldest first.
         fixed_scale: a scale given by the user, never updated.
+        scheme: how a range becomes scale and zero point.
     """
 
     format: Format
@@ -54,6 +55,7 @@ class SitePlan:
     rule: str
     overrode: tuple[str, ...] = ()
     fixed_scale: float | None = None
+    scheme: Scheme = Scheme.SYMMETRIC
 
 
 @dataclass(frozen=True, slots=True)

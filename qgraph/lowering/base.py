@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.errors import InternalError, UserError, did_you_mean
+from qgraph.errors import InternalError, QuantizationError, UserError, did_you_mean
 from qgraph.ir.arguments import bind
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.integer import integer_operator
@@ -22,7 +22,17 @@ from qgraph.ir.op_table import OPAQUE
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.text import called_name
 from qgraph.ir.values import TensorSpec
-from qgraph.numerics import Arithmetic, Factor, QParams, QType, RequantizeRule
+from qgraph.numerics import (
+    RECIPROCAL,
+    Arithmetic,
+    EngineSum,
+    Factor,
+    QParams,
+    QType,
+    QuantizeRule,
+    RequantizeRule,
+    Rule,
+)
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -62,6 +72,12 @@ class LoweringContext:
             raise InternalError("an integer operator reads a value without scale", where=where(node))
         return found
 
+    def zeros(self, like: fx.Node, **operands: Any) -> dict[str, Any]:
+        """Options for the zero points of named operands and of `like`'s result, as far as they are not 0."""
+        found = {f"{name}_zero": self.qparams(node).zero for name, node in operands.items() if node is not None}
+        found["zero"] = self.qparams(like).zero
+        return {name: zero for name, zero in found.items() if zero}
+
     def integer(self, name: str, *args: Any, like: fx.Node, result: QParams | None = None, **options: Any) -> fx.Node:
         """A call of an integer operator that computes `like`'s value (`result`: its parameters, if not `like`'s)."""
         node = self.edit.call_function(integer_operator(name), args, options, op=info(like).op, like=like)
@@ -85,31 +101,56 @@ class LoweringContext:
         shift = None if factor.shift is None else self.tensor(like, "shift", factor.shift)
         return multiplier, shift
 
+    def step(self, node: fx.Node, name: str) -> Arithmetic:
+        """The target's arithmetic of a named step of `node`'s operator."""
+        return self.target.step(name, info(node).op.name)
+
+    def ratio(
+        self, node: fx.Node, *operands: QParams | torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`s1 * s2 * ... / (s * divisor)`, `s` the scale of `node`'s result, as the target computes it; float64."""
+        scales = [operand.scale if isinstance(operand, QParams) else operand for operand in operands]
+        result = self.qparams(node).scale
+        if divisor is not None:
+            result = result.to(divisor.dtype) * divisor
+        return self.target.factor(info(node).op.name, *scales, result=result)
+
+    def bounds(self, result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+        """As `bounds`, with the target's way to quantize."""
+        return bounds(result, low, high, self.target.quantize_rule)
+
     def rescale(self, like: fx.Node, real: torch.Tensor, step: str) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
         """Nodes for one real factor (float64) under the target's arithmetic of `step`."""
-        arithmetic = self.target.step(step)
+        arithmetic = self.step(like, step)
         multiplier, shift = self.factor(like, encode_saturating(arithmetic.rule, real, self.qparams(like).qtype))
         return multiplier, shift, arithmetic
 
 
-def encode_saturating(rule: RequantizeRule, factor: torch.Tensor, result: QType) -> Factor:
+def encode_saturating(rule: Rule, factor: torch.Tensor, result: QType) -> Factor:
     """What the device stores for a factor whose product is saturated to `result`.
 
     A factor beyond the result's range takes zero to zero and all else to saturation, and so does the largest factor
     the device can store. Such factors arise where a result is far smaller than its operands, as a mean of normalized
     values is.
     """
+    if isinstance(rule, EngineSum):
+        raise UserError(f"{rule} rescales sums of two terms only", fix="give this operator another word")
     beyond = rule.largest > 2.0 * (1 << result.bits)
     return rule.encode(factor.clamp(-rule.largest, rule.largest) if beyond else factor)
 
 
-def bounds(result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-    """The bounds and format options of an operator whose result is also limited to the reals [low, high]."""
+def bounds(
+    result: QParams, low: float | None = None, high: float | None = None, rule: QuantizeRule = RECIPROCAL
+) -> dict[str, Any]:
+    """The bounds and format options of an operator whose result is also limited to the reals [low, high].
+
+    `rule` quantizes these reals.
+    """
     qtype = result.qtype
     limits = {"low": qtype.qmin, "high": qtype.qmax}
     for name, value in (("low", low), ("high", high)):
         if value is not None and abs(value) != float("inf"):
-            code = torch.round(torch.tensor(value, dtype=torch.float32) * (1.0 / result.scale)).item()
+            code = rule.steps(torch.tensor(value, dtype=torch.float32), result.scale.cpu()).item() + result.zero
             limits[name] = int(min(max(code, qtype.qmin), qtype.qmax))
     return {**limits, "format": str(qtype)}
 
@@ -153,6 +194,24 @@ def batch_is_free(node: fx.Node) -> bool:
     """Whether the graph serves any batch size, so that dimension 0 must not enter a constant."""
     owner = node.graph.owning_module
     return isinstance(owner, fx.GraphModule) and graph_info(owner).batch_fixed is None
+
+
+def sum_rule(arithmetic: Arithmetic) -> RequantizeRule:
+    """The rule of a sum of any terms.
+
+    Raises:
+        QuantizationError: the target only knows one engine's sum of two.
+    """
+    if not isinstance(arithmetic.rule, RequantizeRule):
+        raise QuantizationError(
+            f"{arithmetic.rule} defines no sum of several terms", fix="leave this operator in float"
+        )
+    return arithmetic.rule
+
+
+def adds_constants(target: Target, op: str) -> bool:
+    """Whether the target can add a constant where it rescales, as `x * w + b` needs."""
+    return isinstance(target.step("sum", op).rule, RequantizeRule)
 
 
 LOWERINGS: dict[str, Lowering] = {}

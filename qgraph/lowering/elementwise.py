@@ -23,13 +23,15 @@ from qgraph.ir.op_table import DIV, RELU6, SUB
 from qgraph.lowering.base import (
     Lowering,
     LoweringContext,
+    adds_constants,
     bounds,
     coded,
     encode_saturating,
     is_number,
     register_lowering,
+    sum_rule,
 )
-from qgraph.numerics import QParams, build_table
+from qgraph.numerics import EngineSum, QParams, RequantizeRule, build_table
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -44,7 +46,19 @@ class SumLowering(Lowering):
         operands = [bound.operand(name) for name in bound.op.operands]
         if not is_number(bound.option("alpha")):
             return no("alpha is computed in the forward", node)
+        rule = target.step("sum", bound.op.name).rule
+        if isinstance(rule, EngineSum):
+            return self._engine_supports(node, operands, rule, target)
         return _number_or_node(node, operands)
+
+    def _engine_supports(self, node: fx.Node, operands: list[Any], rule: EngineSum, target: Target) -> Verdict:
+        if not all(isinstance(operand, fx.Node) for operand in operands):
+            return no(f"{target.name} adds no numbers to codes", node)
+        if bind(node).option("alpha") != 1:
+            return no(f"{target.name} scales no operand of a sum", node)
+        if info(node).op is SUB and not rule.subtracts:
+            return no(f"{target.name} has no subtraction", node)
+        return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
@@ -55,16 +69,40 @@ class SumLowering(Lowering):
             one = torch.tensor(signs[1 - number], dtype=torch.float64)
             shift = torch.tensor(signs[number] * operands[number], dtype=torch.float64)
             return lower_affine(node, operands[1 - number], one, shift, ctx)
-        result, arithmetic = ctx.qparams(node), ctx.target.step("sum")
-        reals = [ctx.qparams(operand).scale.double() * s for operand, s in zip(operands, signs, strict=True)]
-        factor = arithmetic.rule.encode_sum(torch.stack(reals) / result.scale.double())
-        multipliers = [
-            ctx.tensor(node, f"multiplier_{name}", factor.multiplier[i]) for i, name in enumerate(("x", "y"))
-        ]
-        shift_node = None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)
+        arithmetic = ctx.step(node, "sum")
+        if isinstance(arithmetic.rule, EngineSum):
+            factors = _engine_factors(node, operands, sign, arithmetic.rule, ctx)
+        else:
+            factors = _common_shift(node, operands, signs, sum_rule(arithmetic), ctx)
         return ctx.integer(
-            "add", *operands, *multipliers, shift_node, like=node, arithmetic=str(arithmetic), **bounds(result)
+            "add",
+            *operands,
+            *factors,
+            like=node,
+            arithmetic=str(arithmetic),
+            **bounds(ctx.qparams(node)),
+            **ctx.zeros(node, x=operands[0], y=operands[1]),
         )
+
+
+def _common_shift(
+    node: fx.Node, operands: list[Any], signs: list[float], rule: RequantizeRule, ctx: LoweringContext
+) -> list[fx.Node | None]:
+    """Nodes for both multipliers and the shift of a sum that is rounded once."""
+    reals = [ctx.ratio(node, ctx.qparams(operand)) * s for operand, s in zip(operands, signs, strict=True)]
+    factor = rule.encode_sum(torch.stack(reals))
+    multipliers = [ctx.tensor(node, f"multiplier_{name}", factor.multiplier[i]) for i, name in enumerate(("x", "y"))]
+    return [*multipliers, None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)]
+
+
+def _engine_factors(
+    node: fx.Node, operands: list[Any], sign: float, rule: EngineSum, ctx: LoweringContext
+) -> list[fx.Node | None]:
+    """Nodes for what an engine stores for a sum of two."""
+    x, y = (ctx.qparams(operand) for operand in operands)
+    found = rule.encode(x.scale, y.scale, ctx.qparams(node).scale, sign, x.qtype.bits)
+    tensors = {"multiplier_x": found.x, "multiplier_y": found.y, "shift": found.shift, "multiplier": found.result}
+    return [None if tensor is None else ctx.tensor(node, name, tensor) for name, tensor in tensors.items()]
 
 
 class ProductOfValuesLowering(Lowering):
@@ -87,13 +125,19 @@ class ProductOfValuesLowering(Lowering):
             factor = 1.0 / factor if info(node).op is DIV else factor
             return lower_affine(node, x, factor, None, ctx)
         result = ctx.qparams(node)
-        real = ctx.qparams(x).scale.double() * ctx.qparams(y).scale.double() / result.scale.double()
+        real = ctx.ratio(node, ctx.qparams(x), ctx.qparams(y))
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-        return ctx.integer("mul", x, y, multiplier, shift, like=node, arithmetic=str(arithmetic), **bounds(result))
+        options = {"arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x, y=y)}
+        return ctx.integer("mul", x, y, multiplier, shift, like=node, **options)
 
 
 class AffineLowering(Lowering):
     """A scale and shift per channel: multiplier and offset of one rescaling."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        if not adds_constants(target, info(node).op.name):
+            return no(f"{target.name} adds no constants where it rescales", node)
+        return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         module: Any = module_of(node)
@@ -125,8 +169,8 @@ class ReluLowering(Lowering):
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         x = bind(node).operand("input")
-        qtype = ctx.qparams(x).qtype
-        return ctx.integer("clamp", x, like=node, result=ctx.qparams(x), low=0, high=qtype.qmax, format=str(qtype))
+        source = ctx.qparams(x)
+        return ctx.integer("clamp", x, like=node, result=source, **ctx.bounds(source, low=0.0))
 
 
 class ClampLowering(Lowering):
@@ -163,12 +207,12 @@ def lower_affine(
     result = ctx.qparams(node)
     scale = result.scale.double()
     real = weight * ctx.qparams(x).scale.double() / scale
-    limits = bounds(result, low, high)
+    limits = {**ctx.bounds(result, low, high), **ctx.zeros(node, x=x)}
     if bias is None:
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
         return ctx.integer("requantize", x, multiplier, shift, None, like=node, arithmetic=str(arithmetic), **limits)
-    arithmetic = ctx.target.step("sum")
-    factor = arithmetic.rule.encode_sum(real.unsqueeze(0))
+    arithmetic = ctx.step(node, "sum")
+    factor = sum_rule(arithmetic).encode_sum(real.unsqueeze(0))
     multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])
     offset = bias / scale
     shift_node = None
@@ -196,13 +240,14 @@ def requantized_to(x: fx.Node, result: QParams, like: fx.Node, ctx: LoweringCont
     source = ctx.qparams(x)
     if source.same_as(result):
         return x
-    arithmetic = ctx.target.step("product")
-    factor = encode_saturating(arithmetic.rule, source.scale.double() / result.scale.double(), result.qtype)
+    arithmetic = ctx.step(like, "rescale")
+    real = ctx.target.factor("quant_stub", source.scale, result=result.scale)
+    factor = encode_saturating(arithmetic.rule, real, result.qtype)
     multiplier = ctx.tensor(like, f"{role}_multiplier", factor.multiplier)
     shift = None if factor.shift is None else ctx.tensor(like, f"{role}_shift", factor.shift)
-    node = ctx.integer(
-        "requantize", x, multiplier, shift, None, like=like, result=result, arithmetic=str(arithmetic), **bounds(result)
-    )
+    zeros = {name: zero for name, zero in (("x_zero", source.zero), ("zero", result.zero)) if zero}
+    options = {"arithmetic": str(arithmetic), **bounds(result), **zeros}
+    node = ctx.integer("requantize", x, multiplier, shift, None, like=like, result=result, **options)
     ctx.edit.annotate(node, site=f"{info(like).site}.{role}", value=coded(info(x).value, result))
     return node
 

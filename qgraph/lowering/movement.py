@@ -6,6 +6,8 @@ Padding with a number pads with that number's code.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import fx
 
@@ -20,6 +22,7 @@ from qgraph.lowering.base import (
     register_lowering,
 )
 from qgraph.lowering.elementwise import requantized_to
+from qgraph.numerics import RECIPROCAL
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -48,11 +51,12 @@ class PadLowering(Lowering):
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
         x, value = bound.operand("input"), bound.option("value")
-        if bound.option("mode") != "constant" or not value:
-            ctx.moved(node, node, ctx.qparams(x))
+        source = ctx.qparams(x)
+        if bound.option("mode") != "constant" or (not value and not source.zero):
+            ctx.moved(node, node, source)
             return node
-        result = ctx.qparams(node)
-        code = bounds(result, low=value)["low"]
+        result = ctx.qparams(node) if value else source
+        code = bounds(result, low=value or 0.0)["low"]
         moved = requantized_to(x, result, node, ctx, "requantize")
         padded = ctx.edit.call_function(F.pad, (moved, tuple(bound.option("pad"))), {"value": code}, op=PAD, like=node)
         ctx.moved(padded, node, result)
@@ -84,7 +88,9 @@ class QuantizeLowering(Lowering):
                 ctx.edit.annotate(moved, site=info(node).site)
             return moved
         scale = ctx.tensor(node, "scale", result.scale)
-        return ctx.integer("quantize", x, scale, like=node, format=str(result.qtype))
+        rule = ctx.target.quantize_rule
+        options: dict[str, Any] = {} if rule == RECIPROCAL else {"rounding": str(rule)}
+        return ctx.integer("quantize", x, scale, like=node, format=str(result.qtype), **options, **ctx.zeros(node))
 
 
 class DequantizeLowering(Lowering):
@@ -97,7 +103,8 @@ class DequantizeLowering(Lowering):
             return x
         scale = ctx.tensor(node, "scale", source.scale)
         axis = -1 if source.axis is None else source.axis
-        real = ctx.integer("dequantize", x, scale, like=node, axis=axis)
+        zero: dict[str, Any] = {"x_zero": source.zero} if source.zero else {}
+        real = ctx.integer("dequantize", x, scale, like=node, axis=axis, **zero)
         ctx.edit.annotate(real, qparams=None, value=info(node).value)
         return real
 

@@ -18,9 +18,9 @@ from qgraph.errors import InternalError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op_table import LINEAR, TRANSPOSED
-from qgraph.lowering.base import Lowering, LoweringContext, bounds, register_lowering, spatial
+from qgraph.lowering.base import Lowering, LoweringContext, bounds, register_lowering, spatial, sum_rule
 from qgraph.nn import Activation
-from qgraph.numerics import Arithmetic, QParams, bias_codes, qint32, quantize
+from qgraph.numerics import Arithmetic, Fbgemm, OneDnn, QParams, bias_codes, qint32, quantize
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -54,33 +54,63 @@ class ProductLowering(Lowering):
         arguments = self._arguments(node, ctx, residual, product, module.activation)
         operands = [x, ctx.tensor(node, "weight", quantize(module.weight.detach(), weight)), None, residual]
         if module.bias is not None:
-            codes = bias_codes(module.bias.detach(), product).to(torch.int32)
-            operands[2] = ctx.tensor(node, "bias", codes)
+            operands[2] = ctx.tensor(node, "bias", _stored_bias(node, module.bias.detach(), product, ctx))
         options = {} if info(node).op is LINEAR else _geometry(node, module)
+        zeros = ctx.zeros(node, x=x, residual=residual)
         name = "linear" if info(node).op is LINEAR else "conv"
-        return ctx.integer(name, *operands, *arguments[0], like=node, **options, **arguments[1])
+        return ctx.integer(name, *operands, *arguments[0], like=node, **options, **arguments[1], **zeros)
 
     def _arguments(
         self, node: fx.Node, ctx: LoweringContext, residual: Any, product: torch.Tensor, activation: Activation
     ) -> tuple[list[fx.Node | None], dict[str, Any]]:
         """Multiplier, shift and residual multiplier; arithmetic and bounds."""
         result = ctx.qparams(node)
-        limits = bounds(result, *_LIMITS[activation]) if result.qtype != qint32 else _raw_bounds(activation)
-        arithmetic = ctx.target.step("product")
+        limits = ctx.bounds(result, *_LIMITS[activation]) if result.qtype != qint32 else _raw_bounds(activation)
+        arithmetic = ctx.step(node, "product")
         if result.qtype == qint32:
             return [None, None, None], {"arithmetic": str(arithmetic), **limits}
-        scale = result.scale.double()
+        if isinstance(arithmetic.rule, OneDnn):
+            stages = ctx.tensor(node, "multiplier", _onednn_stages(node, ctx))
+            return [stages, None, None], {"arithmetic": str(arithmetic), **limits}
+        real = ctx.ratio(node, product)
         if residual is None:
-            multiplier, shift, _ = ctx.rescale(node, product.double() / scale, "product")
+            multiplier, shift, _ = ctx.rescale(node, real, "product")
             return [multiplier, shift, None], {"arithmetic": str(arithmetic), **limits}
-        total = ctx.target.step("sum")
-        terms = torch.broadcast_tensors(product.double() / scale, ctx.qparams(residual).scale.double() / scale)
-        factor = total.rule.encode_sum(torch.stack(list(terms)))
+        total = ctx.step(node, "sum")
+        terms = torch.broadcast_tensors(real, ctx.ratio(node, ctx.qparams(residual)))
+        factor = sum_rule(total).encode_sum(torch.stack(list(terms)))
         multiplier = ctx.tensor(node, "multiplier", factor.multiplier[0])
         shift = None if factor.shift is None else ctx.tensor(node, "shift", factor.shift)
         other = ctx.tensor(node, "residual_multiplier", factor.multiplier[1])
         word = Arithmetic(arithmetic.accumulator, arithmetic.overflow, total.rule)
         return [multiplier, shift, other], {"arithmetic": str(word), **limits}
+
+
+def _stored_bias(node: fx.Node, bias: torch.Tensor, step: torch.Tensor, ctx: LoweringContext) -> torch.Tensor:
+    """The bias `[C_out]` as the target adds it: in steps of the accumulator, int32 or float32, or as it is (oneDNN)."""
+    rule = ctx.step(node, "product").rule
+    if isinstance(rule, OneDnn):
+        return bias.to(torch.float32)
+    if isinstance(rule, Fbgemm):
+        return bias.to(torch.float32) / step.to(torch.float32)
+    return bias_codes(bias, step).to(torch.int32)
+
+
+def _onednn_stages(node: fx.Node, ctx: LoweringContext) -> torch.Tensor:
+    """OneDNN's factors of input, weight and result, float32 `[3, C_out]` or `[3]`.
+
+    torch hands scales over as reciprocals of reciprocals, which rounds them twice.
+    """
+    source, weight = ctx.qparams(bind(node).operand("input")).scale, info(node).weight_qparams
+    assert weight is not None
+
+    def twice(scale: torch.Tensor) -> torch.Tensor:
+        return (1.0 / (1.0 / scale.double()).float().double()).float()
+
+    linear = info(node).op is LINEAR
+    held = 1.0 / (1.0 / weight.scale) if linear else weight.scale
+    result = 1.0 / twice(ctx.qparams(node).scale)
+    return torch.stack(torch.broadcast_tensors(twice(source), held, result))
 
 
 class MatmulLowering(Lowering):
@@ -90,13 +120,14 @@ class MatmulLowering(Lowering):
         bound = bind(node)
         x, y = bound.operand("input"), bound.operand("other")
         result = ctx.qparams(node)
-        arithmetic = str(ctx.target.step("product"))
+        arithmetic, zeros = str(ctx.step(node, "product")), ctx.zeros(node, x=x, y=y)
         if result.qtype == qint32:
             limits = _raw_bounds(Activation.NONE)
-            return ctx.integer("matmul", x, y, None, None, like=node, arithmetic=arithmetic, **limits)
-        real = ctx.qparams(x).scale.double() * ctx.qparams(y).scale.double() / result.scale.double()
+            return ctx.integer("matmul", x, y, None, None, like=node, arithmetic=arithmetic, **limits, **zeros)
+        real = ctx.ratio(node, ctx.qparams(x), ctx.qparams(y))
         multiplier, shift, _ = ctx.rescale(node, real, "product")
-        return ctx.integer("matmul", x, y, multiplier, shift, like=node, arithmetic=arithmetic, **bounds(result))
+        options = {"arithmetic": arithmetic, **bounds(result), **zeros}
+        return ctx.integer("matmul", x, y, multiplier, shift, like=node, **options)
 
 
 def accumulator_step(operand: QParams, weight: QParams, groups: int = 1) -> torch.Tensor:

@@ -148,10 +148,10 @@ class InterpolateLowering(Lowering):
             for size_in, size_out, step in zip(shape_of(x)[2:], shape_of(node)[2:], steps, strict=True)
         )
         result = ctx.qparams(node)
-        real = ctx.qparams(x).scale.double() / result.scale.double() / 2.0 ** (2 * bits)
+        real = ctx.ratio(node, ctx.qparams(x)) / 2.0 ** (2 * bits)
         multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
         tables = [ctx.tensor(node, "rows", rows), ctx.tensor(node, "columns", columns)]
-        options = {"weight_bits": bits, "arithmetic": str(arithmetic), **bounds(result)}
+        options = {"weight_bits": bits, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
         return ctx.integer("resize_bilinear", x, *tables, multiplier, shift, like=node, **options)
 
     def _nearest(self, node: fx.Node, x: fx.Node, rank: int, steps: list[float], ctx: LoweringContext) -> fx.Node:
@@ -173,9 +173,10 @@ def _averaged(
     name: str, node: fx.Node, x: fx.Node, counts: torch.Tensor, ctx: LoweringContext, **options: Any
 ) -> fx.Node:
     result = ctx.qparams(node)
-    real = ctx.qparams(x).scale.double() / result.scale.double() / counts
+    real = ctx.ratio(node, ctx.qparams(x), divisor=counts)
     multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-    return ctx.integer(name, x, multiplier, shift, like=node, **options, arithmetic=str(arithmetic), **bounds(result))
+    options = {**options, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
+    return ctx.integer(name, x, multiplier, shift, like=node, **options)
 
 
 def _window_counts(

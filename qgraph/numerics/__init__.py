@@ -5,6 +5,9 @@ simulator, fake quantization and the written specification must agree bit for bi
 """
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
+from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
+from qgraph.numerics.engines import EngineRule, Fbgemm, OneDnn
+from qgraph.numerics.factor import Factor
 from qgraph.numerics.formats import (
     FloatFormat,
     Format,
@@ -20,11 +23,19 @@ from qgraph.numerics.formats import (
     qint32,
     quint8,
 )
-from qgraph.numerics.qparams import QParams, choose_qparams, qparams_from_scale
-from qgraph.numerics.quantize import bias_codes, dequantize, fake_quantize, quantize
+from qgraph.numerics.qparams import QParams, Scheme, choose_qparams, qparams_from_scale
+from qgraph.numerics.quantize import (
+    RECIPROCAL,
+    QuantizeRule,
+    bias_codes,
+    dequantize,
+    fake_quantize,
+    parse_quantize_rule,
+    quantize,
+)
 from qgraph.numerics.requantize import (
-    Factor,
     RequantizeRule,
+    Rule,
     ScaleForm,
     encode_common_shift,
     encode_fixed_point,
@@ -34,16 +45,26 @@ from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_s
 from qgraph.numerics.tables import build_table, check_intervals, lookup
 
 __all__ = [
+    "RECIPROCAL",
+    "AddFactors",
     "Arithmetic",
+    "EngineRule",
+    "EngineSum",
     "Factor",
+    "Fbgemm",
     "FloatFormat",
     "Format",
+    "OneDnn",
     "Overflow",
     "QParams",
     "QType",
+    "QuantizeRule",
     "RequantizeRule",
     "Rounding",
+    "Rule",
     "ScaleForm",
+    "Scheme",
+    "Zeros",
     "as_format",
     "bias_codes",
     "build_table",
@@ -59,6 +80,7 @@ __all__ = [
     "parse_arithmetic",
     "parse_format",
     "parse_qtype",
+    "parse_quantize_rule",
     "parse_rule",
     "qint4",
     "qint8",

@@ -16,10 +16,8 @@ import torch
 
 from qgraph.errors import UserError, did_you_mean
 from qgraph.numerics.formats import QType
-from qgraph.numerics.requantize import RequantizeRule, ScaleForm, parse_rule
+from qgraph.numerics.requantize import Rule, parse_rule
 from qgraph.numerics.rounding import Overflow
-
-_REGISTER_BITS = 63  # besides the sign
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,12 @@ class Arithmetic:
 
     accumulator: QType
     overflow: Overflow
-    rule: RequantizeRule
+    rule: Rule
 
     def __post_init__(self) -> None:
         if not self.accumulator.signed:
             raise UserError(f"an accumulator is signed, not {self.accumulator}")
-        widest = 64 if self.rule.form is ScaleForm.FLOAT else _REGISTER_BITS - self.rule.bits
+        widest = self.rule.accumulator_bits
         if self.accumulator.bits > widest:
             raise UserError(
                 f"an accumulator of {self.accumulator.bits} bits cannot be rescaled by {self.rule}",

@@ -11,6 +11,7 @@ Invariants of `QParams`:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
@@ -19,6 +20,20 @@ from qgraph.numerics.formats import QType
 
 _WIDEST_AFFINE = 24
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+class Scheme(str, Enum):
+    """How a range of real numbers becomes scale and zero point."""
+
+    SYMMETRIC = "symmetric"
+    """Zero point 0, `scale = reach / -qmin`: the largest positive value may saturate by one step."""
+    SYMMETRIC_NARROW = "symmetric_narrow"
+    """Zero point 0, `scale = reach / qmax`: the lowest code is never used."""
+    AFFINE = "affine"
+    """The range, widened to hold zero, spans all codes."""
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +112,19 @@ class QParams:
             return self.zero_point
         return torch.zeros_like(self.scale, dtype=torch.int64)
 
+    @property
+    def zero(self) -> int:
+        """The one zero point of the tensor.
+
+        Raises:
+            QuantizationError: slices have zero points of their own.
+        """
+        if self.zero_point is None:
+            return 0
+        if self.per_channel and bool(self.zero_point.any()):
+            raise QuantizationError("integer operators know one zero point per tensor", fix="use symmetric weights")
+        return int(self.zero_point.flatten()[0])
+
     def shaped(self, values: torch.Tensor, rank: int) -> torch.Tensor:
         """`values` (shape of `scale`) viewed so that it broadcasts against a tensor of `rank` dimensions."""
         if self.axis is None:
@@ -121,30 +149,30 @@ def choose_qparams(
     maximum: torch.Tensor,
     qtype: QType,
     *,
-    symmetric: bool = True,
+    scheme: Scheme = Scheme.SYMMETRIC,
     axis: int | None = None,
 ) -> QParams:
     """Parameters that cover the range [minimum, maximum].
 
     Symmetric: `scale = max(|minimum|, |maximum|) / -qmin`, so the largest positive value may round to
     `qmax + 1` and saturate by one step; zero point 0. This is the convention of the chips this tool serves
-    (128 for int8, 32768 for int16). Affine: the range is widened to contain 0 and
-    `scale = (maximum - minimum) / (qmax - qmin)`, `zero_point = round(qmin - minimum / scale)`
-    (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-    Inference", section 2).
+    (128 for int8, 32768 for int16). Symmetric narrow: `scale = max(|minimum|, |maximum|) / qmax`. Affine: the
+    range is widened to contain 0 and `scale = (maximum - minimum) / (qmax - qmin)`,
+    `zero_point = round(qmin - minimum / scale)` (Jacob et al., "Quantization and Training of Neural Networks for
+    Efficient Integer-Arithmetic-Only Inference", section 2).
 
     Args:
         minimum, maximum: float tensors, shape `[]` or `[C]`.
         qtype: the format; signed for symmetric parameters.
-        symmetric: whether real zero must be code zero.
+        scheme: how the range is covered.
         axis: dimension of the `C` ranges.
 
     Returns:
         Parameters with scale 1 where the range is exactly zero, and no scale below the smallest normal float32.
 
     Raises:
-        QuantizationError: a bound is NaN or infinite, minimum exceeds maximum, the format is unsigned and
-            `symmetric` asked for, or it has more than 24 bits and is not symmetric.
+        QuantizationError: a bound is NaN or infinite, minimum exceeds maximum, the format is unsigned and a symmetric
+            scheme asked for, or it has more than 24 bits and the scheme is affine.
     """
     low, high = minimum.detach().to(torch.float32), maximum.detach().to(torch.float32)
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
@@ -155,14 +183,15 @@ def choose_qparams(
         )
     if bool((low > high).any()):
         raise QuantizationError("a value range has its minimum above its maximum")
-    if symmetric:
+    if scheme is not Scheme.AFFINE:
         if not qtype.signed:
             raise QuantizationError(
                 f"symmetric parameters need a signed format, not {qtype}",
-                fix="use a signed format or symmetric=False",
+                fix="use a signed format or the affine scheme",
             )
         reach = torch.maximum(low.abs(), high.abs())
-        return QParams(_usable(reach / -qtype.qmin, reach), qtype, axis=axis)
+        steps = -qtype.qmin if scheme is Scheme.SYMMETRIC else qtype.qmax
+        return QParams(_usable(reach / steps, reach), qtype, axis=axis)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     # In float64: the span of two finite float32 bounds can exceed the largest float32.
     span = (high.double() - low.double()) / (qtype.qmax - qtype.qmin)
@@ -172,14 +201,16 @@ def choose_qparams(
 
 
 def qparams_from_scale(scale: float, qtype: QType) -> QParams:
-    """Symmetric parameters with one given scale.
+    """Parameters with one given scale: real zero is code zero, or the middle code of an unsigned format.
 
     Raises:
         UserError: the scale is not finite and positive.
     """
     if not 0.0 < scale < float("inf"):
         raise UserError(f"a fixed scale of {scale} is not usable", fix="give a finite scale > 0")
-    return QParams(torch.tensor(scale, dtype=torch.float32), qtype)
+    middle = 0 if qtype.signed else 1 << (qtype.bits - 1)
+    zero_point = torch.tensor(middle, dtype=torch.int64) if middle else None
+    return QParams(torch.tensor(scale, dtype=torch.float32), qtype, zero_point)
 
 
 def _usable(scale: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:

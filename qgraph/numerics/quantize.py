@@ -8,19 +8,61 @@ The float arithmetic is fixed, so that fake quantization and integer simulation 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 
-from qgraph.errors import QuantizationError
+from qgraph.errors import QuantizationError, UserError, did_you_mean
 from qgraph.numerics.formats import qint32
 from qgraph.numerics.qparams import QParams
+from qgraph.numerics.rounding import Rounding, round_float
 
 
-def quantize(values: torch.Tensor, qparams: QParams) -> torch.Tensor:
+@dataclass(frozen=True)
+class QuantizeRule:
+    """How a device turns real numbers into steps of a scale, in float32.
+
+    Args:
+        divides: whether it divides by the scale; else it multiplies by the scale's float32 reciprocal.
+        rounding: rounding of the quotient.
+    """
+
+    divides: bool
+    rounding: Rounding
+
+    def steps(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """float32 `values` in whole steps of a broadcastable `scale`, float32, without zero point."""
+        quotient = values / scale if self.divides else values * (1.0 / scale)
+        return round_float(quotient, self.rounding)
+
+    def __str__(self) -> str:
+        return f"{'divide' if self.divides else 'reciprocal'}:{self.rounding}"
+
+
+RECIPROCAL = QuantizeRule(False, Rounding.HALF_EVEN)
+
+
+@lru_cache(maxsize=64)
+def parse_quantize_rule(text: str) -> QuantizeRule:
+    """The rule that prints as `text`, such as `reciprocal:half_even`.
+
+    Raises:
+        UserError: the text names no rule.
+    """
+    rules = {str(rule): rule for divides in (False, True) for rule in (QuantizeRule(divides, r) for r in Rounding)}
+    if text not in rules:
+        raise UserError(f"{text!r} is no way to quantize", fix=did_you_mean(text, rules))
+    return rules[text]
+
+
+def quantize(values: torch.Tensor, qparams: QParams, rule: QuantizeRule = RECIPROCAL) -> torch.Tensor:
     """Codes of `values`.
 
     Args:
         values: float tensor of any shape; NaN becomes the code of real zero.
         qparams: parameters of the result.
+        rule: the float32 arithmetic.
 
     Returns:
         Integer tensor of the same shape, dtype `qparams.qtype.storage`, saturated.
@@ -30,8 +72,8 @@ def quantize(values: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """
     if qparams.qtype.bits > 32:
         raise QuantizationError(f"real numbers are not quantized to {qparams.qtype}", fix="use at most 32 bits")
-    inverse = qparams.shaped(1.0 / qparams.scale, values.dim())
-    codes = torch.round(values.to(torch.float32) * inverse).nan_to_num_(0.0, float("inf"), float("-inf"))
+    steps = rule.steps(values.to(torch.float32), qparams.shaped(qparams.scale, values.dim()))
+    codes = steps.nan_to_num_(0.0, float("inf"), float("-inf"))
     if qparams.zero_point is not None:
         codes = codes + qparams.shaped(qparams.zero_point, values.dim()).to(torch.float32)
     return _saturated_cast(codes, qparams)

@@ -15,14 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 
 from qgraph.errors import QuantizationError, UserError, did_you_mean
+from qgraph.numerics.engine_sums import ENGINE_SUMS, EngineSum
+from qgraph.numerics.engines import ENGINE_RULES, EngineRule
+from qgraph.numerics.factor import Factor
 from qgraph.numerics.rounding import Rounding, round_float, rounding_shift_right
 
 LARGEST_SHIFT = 62
 _HIGH_BITS = 31
+_REGISTER_BITS = 63  # besides the sign
 
 
 class ScaleForm(str, Enum):
@@ -60,6 +65,11 @@ class RequantizeRule:
             raise UserError(f"a multiplier of {self.bits} bits is not supported", fix="use 2 to 31 bits")
         if self.form is not ScaleForm.FIXED_POINT and self.bits != _HIGH_BITS:
             raise UserError(f"{self.form} has no multiplier of {self.bits} bits", fix="leave bits at 31")
+
+    @property
+    def accumulator_bits(self) -> int:
+        """Bits of the widest accumulator whose product with a multiplier fits a 64-bit register."""
+        return 64 if self.form is ScaleForm.FLOAT else _REGISTER_BITS - self.bits
 
     @property
     def largest(self) -> float:
@@ -102,25 +112,33 @@ class RequantizeRule:
                 return encoded
         return encode_common_shift(factors, self.bits)
 
-    def apply(self, accumulator: torch.Tensor, factor: Factor) -> torch.Tensor:
-        """The rescaled accumulator, unsaturated.
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The rescaled accumulator at a zero point, unsaturated.
 
         Args:
             accumulator: int64, any shape, such that its product with the multiplier has at most 63 bits.
             factor: as encoded by this rule, broadcastable to the accumulator.
+            zero: zero point of the result, added after rounding.
+            bias: float32, in steps of the accumulator; for the float form only.
 
         Returns:
             int64 tensor of the accumulator's shape.
         """
         if self.form is ScaleForm.FLOAT:
-            return _rounded(accumulator.to(torch.float32) * factor.multiplier, self.rounding)
+            held = accumulator.to(torch.float32)
+            held = held if bias is None else held + bias
+            return _rounded(held * factor.multiplier, self.rounding) + zero
+        if bias is not None:
+            raise UserError(f"{self} adds no float bias", fix="give the bias in steps of the accumulator, int32")
         shift = factor.shifts()
         if self.first_rounding is None:
-            return rounding_shift_right(accumulator * factor.multiplier, shift, self.rounding)
+            return rounding_shift_right(accumulator * factor.multiplier, shift, self.rounding) + zero
         # gemmlowp multiplies the accumulator up where s < 31, to divide by 2**31 always: the same number.
         first = shift.clamp(max=_HIGH_BITS)
         high = rounding_shift_right(accumulator * factor.multiplier, first, self.first_rounding)
-        return rounding_shift_right(high, (shift - _HIGH_BITS).clamp(min=0), self.rounding)
+        return rounding_shift_right(high, (shift - _HIGH_BITS).clamp(min=0), self.rounding) + zero
 
     def apply_sum(
         self,
@@ -164,37 +182,24 @@ class RequantizeRule:
         return f"{self.form}:{self.bits}:{first}{self.rounding}"
 
 
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """A stored factor: `multiplier` (float32, or int64 mantissas) and `shift` (int64, None for floats)."""
-
-    multiplier: torch.Tensor
-    shift: torch.Tensor | None
-
-    def shifts(self) -> torch.Tensor:
-        """The shifts of a form that has them."""
-        if self.shift is None:
-            raise UserError("this factor was encoded as a float and has no shift")
-        return self.shift
-
-    def real(self) -> torch.Tensor:
-        """The factor it stands for, float64, shape of `multiplier`."""
-        if self.shift is None:
-            return self.multiplier.to(torch.float64)
-        return torch.ldexp(self.multiplier.to(torch.float64), -self.shift.to(torch.float64))
+Rule: TypeAlias = RequantizeRule | EngineRule | EngineSum
 
 
 @lru_cache(maxsize=256)
-def parse_rule(text: str) -> RequantizeRule:
-    """The rule that prints as `text`.
+def parse_rule(text: str) -> Rule:
+    """The rule that prints as `text`: a general form with its fields, or the word of an engine.
 
     Raises:
         UserError: the text names no rule.
     """
+    engines: dict[str, Rule] = {**ENGINE_RULES, **ENGINE_SUMS}
+    if text in engines:
+        return engines[text]
     form_name, *rest = text.split(":")
     forms = {str(form): form for form in ScaleForm}
     if form_name not in forms:
-        raise UserError(f"unknown scale form {form_name!r} in {text!r}", fix=did_you_mean(form_name, forms))
+        known = [*forms, *engines]
+        raise UserError(f"unknown scale form {form_name!r} in {text!r}", fix=did_you_mean(form_name, known))
     form = forms[form_name]
     wanted = {ScaleForm.FIXED_POINT: 2, ScaleForm.FIXED_POINT_TWO: 3}.get(form, 1)
     if len(rest) != wanted:

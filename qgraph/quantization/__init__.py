@@ -1,7 +1,7 @@
 """Quantization of captured graphs: configuration, observers, states, and the three steps of a user's road."""
 
 from qgraph.quantization.calibrate import calibrate
-from qgraph.quantization.convert import convert, convert_pipeline
+from qgraph.quantization.convert import convert, convert_pipeline, freeze
 from qgraph.quantization.fake_quantize import FakeQuantize
 from qgraph.quantization.observers import (
     MinMaxObserver,
@@ -43,6 +43,7 @@ __all__ = [
     "convert_pipeline",
     "default_calibration_qconfig_setter",
     "default_qat_qconfig_setter",
+    "freeze",
     "get_qconfig",
     "prepare",
     "prepare_pipeline",

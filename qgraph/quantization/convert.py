@@ -70,6 +70,24 @@ def convert(
     return result.gm
 
 
+def freeze(model: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a prepared model in which every value's final scale and zero point stands on its node.
+
+    `info(node).qparams` and `info(node).weight_qparams` are what `convert` would use; exporters read them.
+
+    Raises:
+        StateError: the model has not been calibrated.
+        QuantizationError: a scale cannot be used.
+        UserError: `model` is not prepared.
+    """
+    gm = require_prepared(model, "freeze")
+    require_float32(gm)
+    with paused_collection():
+        twin = _settled_copy(gm)
+        ctx = PassContext(example=graph_info(gm).example, target=target_of(gm))
+        return Pipeline.parse("freeze-qparams").run(twin, ctx, checks=CheckLevel.NONE, in_place=True).gm
+
+
 def _settled_copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy in state VALIDATION and eval mode, so that neither the states nor the scales of the original move."""
     twin = copy.deepcopy(gm).eval()

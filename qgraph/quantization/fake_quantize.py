@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qgraph.errors import QuantizationError, StateError
-from qgraph.numerics import QParams, QType, bias_codes, fake_quantize, qparams_from_scale
+from qgraph.numerics import QParams, QType, Scheme, bias_codes, fake_quantize, qparams_from_scale
 from qgraph.quantization.observers import Observer
 from qgraph.quantization.states import FakeQuantState
 
@@ -19,24 +19,38 @@ class FakeQuantize(nn.Module):
         qtype: integer format of the codes.
         observer: finds the range; None with `fixed_scale`.
         fixed_scale: a scale that no state ever changes.
+        scheme: how a range becomes scale and zero point.
 
     Buffers:
         scale: float32 `[]` or `[C]`; empty before the scale is known.
+        zero_point: int64 of the same shape, for affine sites only.
     """
 
     scale: torch.Tensor
+    zero_point: torch.Tensor | None
 
-    def __init__(self, site: str, qtype: QType, observer: Observer | None, *, fixed_scale: float | None = None) -> None:
+    def __init__(
+        self,
+        site: str,
+        qtype: QType,
+        observer: Observer | None,
+        *,
+        fixed_scale: float | None = None,
+        scheme: Scheme = Scheme.SYMMETRIC,
+    ) -> None:
         super().__init__()
         self.site = site
         self.qtype = qtype
         self.observer = observer
         self.fixed_scale = fixed_scale
         self.state = FakeQuantState.FLOAT
+        self.scheme = scheme
         self.register_buffer("scale", torch.zeros(0))
+        empty = torch.zeros(0, dtype=torch.int64) if scheme is Scheme.AFFINE else None
+        self.register_buffer("zero_point", empty)
         self._cached: QParams | None = None
         if fixed_scale is not None:
-            self.scale = qparams_from_scale(fixed_scale, qtype).scale
+            self._keep(qparams_from_scale(fixed_scale, qtype))
         elif observer is None:
             raise QuantizationError(f"site {site} has neither an observer nor a fixed scale")
 
@@ -72,11 +86,16 @@ class FakeQuantize(nn.Module):
         if self.fixed_scale is not None or self.observer is None:
             return
         try:
-            found = self.observer.qparams(self.qtype)
+            found = self.observer.qparams(self.qtype, self.scheme)
         except QuantizationError as error:
             raise QuantizationError(error.what, where=f"site {self.site}", why=error.why, fix=error.fix) from error
-        self.scale = found.scale
-        self._cached = found
+        self._keep(found)
+
+    def _keep(self, qparams: QParams) -> None:
+        self.scale = qparams.scale
+        if self.scheme is Scheme.AFFINE:
+            self.zero_point = qparams.zero_points()
+        self._cached = qparams
 
     def qparams(self) -> QParams:
         """The site's parameters.
@@ -91,7 +110,7 @@ class FakeQuantize(nn.Module):
                 fix="run qgraph.calibrate(model, loader) first",
             )
         if self._cached is None or self._cached.scale is not self.scale:
-            self._cached = QParams(self.scale, self.qtype, axis=self.axis)
+            self._cached = QParams(self.scale, self.qtype, self.zero_point, self.axis)
         return self._cached
 
     def extra_repr(self) -> str:
@@ -107,6 +126,8 @@ class FakeQuantize(nn.Module):
         saved = state_dict.get(prefix + "scale")
         if saved is not None and self.fixed_scale is None:
             self.scale = torch.empty_like(saved, device=self.scale.device)
+            if self.zero_point is not None:
+                self.zero_point = torch.empty_like(saved, dtype=torch.int64, device=self.scale.device)
         elif saved is not None and not torch.equal(saved.to(self.scale), self.scale):
             raise StateError(
                 f"the saved scale of site {self.site} is {saved.tolist()}",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qgraph.errors import QuantizationError, did_you_mean
-from qgraph.numerics import QParams, QType, choose_qparams
+from qgraph.numerics import QParams, QType, Scheme, choose_qparams
 
 
 class Observer(nn.Module):
@@ -78,8 +78,8 @@ class Observer(nn.Module):
         self.min_val = self.min_val.new_zeros(0)
         self.max_val = self.max_val.new_zeros(0)
 
-    def qparams(self, qtype: QType) -> QParams:
-        """Symmetric parameters for the observed range.
+    def qparams(self, qtype: QType, scheme: Scheme = Scheme.SYMMETRIC) -> QParams:
+        """Parameters for the observed range.
 
         Raises:
             QuantizationError: nothing was observed, or the range is not finite.
@@ -87,7 +87,7 @@ class Observer(nn.Module):
         if not self.observed:
             raise QuantizationError("no data was observed", fix="run calibrate(model, loader) first")
         axis = None if self.ch_axis < 0 else self.ch_axis
-        return choose_qparams(self.min_val, self.max_val, qtype, axis=axis)
+        return choose_qparams(self.min_val, self.max_val, qtype, scheme=scheme, axis=axis)
 
     def extra_repr(self) -> str:
         return f"ch_axis={self.ch_axis}"

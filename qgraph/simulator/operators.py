@@ -13,24 +13,27 @@ from typing import Any
 import torch
 
 from qgraph.ir.integer import NAMESPACE
-from qgraph.numerics import parse_qtype
+from qgraph.numerics import RECIPROCAL, parse_qtype
 from qgraph.simulator.reference import KERNELS
 from qgraph.simulator.reference.windows import max_pool_size
 
-_BOUNDS = "str arithmetic, int low, int high, str format"
+_BOUNDS = "str arithmetic, int low, int high, str format, int x_zero=0, int zero=0"
+_TWO = "str arithmetic, int low, int high, str format, int x_zero=0, int y_zero=0, int zero=0"
+_RESIDUAL = "str arithmetic, int low, int high, str format, int x_zero=0, int residual_zero=0, int zero=0"
 _PRODUCT = "Tensor? bias, Tensor? residual, Tensor? multiplier, Tensor? shift, Tensor? residual_multiplier"
 _WINDOW = "int[] kernel_size, int[] stride, int[] padding"
 
 SCHEMAS: dict[str, str] = {
-    "quantize": "(Tensor x, Tensor scale, *, str format) -> Tensor",
-    "dequantize": "(Tensor x, Tensor scale, *, int axis) -> Tensor",
+    "quantize": f'(Tensor x, Tensor scale, *, str format, int zero=0, str rounding="{RECIPROCAL}") -> Tensor',
+    "dequantize": "(Tensor x, Tensor scale, *, int axis, int x_zero=0) -> Tensor",
     "requantize": f"(Tensor x, Tensor multiplier, Tensor? shift, Tensor? offset, *, {_BOUNDS}) -> Tensor",
     "conv": f"(Tensor x, Tensor weight, {_PRODUCT}, *, int[] stride, int[] padding, int[] dilation, "
-    f"int[] output_padding, bool transposed, int groups, {_BOUNDS}) -> Tensor",
-    "linear": f"(Tensor x, Tensor weight, {_PRODUCT}, *, {_BOUNDS}) -> Tensor",
-    "matmul": f"(Tensor x, Tensor y, Tensor? multiplier, Tensor? shift, *, {_BOUNDS}) -> Tensor",
-    "add": f"(Tensor x, Tensor y, Tensor multiplier_x, Tensor multiplier_y, Tensor? shift, *, {_BOUNDS}) -> Tensor",
-    "mul": f"(Tensor x, Tensor y, Tensor multiplier, Tensor? shift, *, {_BOUNDS}) -> Tensor",
+    f"int[] output_padding, bool transposed, int groups, {_RESIDUAL}) -> Tensor",
+    "linear": f"(Tensor x, Tensor weight, {_PRODUCT}, *, {_RESIDUAL}) -> Tensor",
+    "matmul": f"(Tensor x, Tensor y, Tensor? multiplier, Tensor? shift, *, {_TWO}) -> Tensor",
+    "add": "(Tensor x, Tensor y, Tensor multiplier_x, Tensor multiplier_y, Tensor? shift, "
+    f"Tensor? multiplier=None, *, {_TWO}) -> Tensor",
+    "mul": f"(Tensor x, Tensor y, Tensor multiplier, Tensor? shift, *, {_TWO}) -> Tensor",
     "lookup": "(Tensor x, Tensor table, *, str source) -> Tensor",
     "clamp": "(Tensor x, *, int low, int high, str format) -> Tensor",
     "max_pool": f"(Tensor x, *, {_WINDOW}, int[] dilation, bool ceil_mode) -> Tensor",
@@ -80,8 +83,8 @@ def _fake_reduce(x, multiplier, shift, *, dims, keepdim, format, **options):  # 
 
 
 FAKES: dict[str, Any] = {
-    "quantize": lambda x, scale, *, format: _like(x, x.shape, format),
-    "dequantize": lambda x, scale, *, axis: x.new_empty(x.shape, dtype=torch.float32),
+    "quantize": lambda x, scale, *, format, **_: _like(x, x.shape, format),
+    "dequantize": lambda x, scale, *, axis, **_: x.new_empty(x.shape, dtype=torch.float32),
     "requantize": lambda x, m, s, o, *, format, **_: _like(x, torch.broadcast_shapes(x.shape, m.shape), format),
     "conv": _fake_conv,
     "linear": lambda x, weight, *_, format, **__: _like(x, [*x.shape[:-1], weight.shape[0]], format),

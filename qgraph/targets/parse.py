@@ -8,8 +8,17 @@ from typing import Any, TypeVar
 
 from qgraph.errors import QGraphError, TargetError, did_you_mean
 from qgraph.ir.op_table import OPS
-from qgraph.numerics import Arithmetic, Format, check_intervals, parse_arithmetic, parse_format, parse_qtype
-from qgraph.targets.target import LegalFormats, OpRule, Target
+from qgraph.numerics import (
+    Arithmetic,
+    Format,
+    Scheme,
+    check_intervals,
+    parse_arithmetic,
+    parse_format,
+    parse_qtype,
+    parse_quantize_rule,
+)
+from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, Target
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,36 +38,50 @@ def parse_target(text: str, *, origin: str) -> Target:
         table = _Table(tomllib.loads(text), origin)
     except tomllib.TOMLDecodeError as error:
         raise TargetError("the target file is not TOML", where=origin, why=str(error)) from error
-    known = {"name", "description", "symmetric", "weight_per_channel", "ops"}
-    table.allow(known | {"tables", "sampling", "arithmetic", "units", "memory"})
-    if not table.flag("symmetric"):
-        raise TargetError(
-            "symmetric = false is not available",
-            where=origin,
-            why="every scale so far has real zero at code zero",
-            fix="set symmetric = true, or choose another target",
-        )
+    table.allow(KEYS)
     units = _units(table.table("units"))
+    activations, weights = table.table("activations"), table.table("weights")
     tables, arithmetic = table.table("tables"), table.table("arithmetic")
-    for step in STEPS:
-        arithmetic.text(step)  # the lowerings of qgraph need these; others may need more
-    sampling, memory = table.table("sampling"), table.table("memory")
+    sampling, memory, fusion = table.table("sampling"), table.table("memory"), table.table("fusion")
     sampling.allow({"weight_bits"})
-    memory.allow({"bytes_per_cycle", "clock_hz"})
+    fusion.allow({"residual"})
+    ops = _ops(table.tables("ops"), units)
     return Target(
         name=table.text("name"),
         description=table.text("description") if "description" in table.data else "",
-        symmetric=table.flag("symmetric"),
-        weight_per_channel=table.flag("weight_per_channel"),
+        eight_bits=activations.understood(lambda: parse_qtype(activations.text("eight_bits"))),
+        activations=_schemes(activations, but={"eight_bits"}),
+        weights=_schemes(weights, but={"per_channel", "bias"}),
+        weight_per_channel=weights.flag("per_channel"),
+        bias=weights.understood(lambda: parse_format(weights.text("bias"))),
+        residual=fusion.flag("residual"),
+        quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
+        factors=_factors(arithmetic, ops),
         tables={name: _intervals(tables, name) for name in tables.data},
         weight_bits=int(sampling.number("weight_bits", whole=True)),
-        arithmetic={step: _arithmetic(arithmetic, step) for step in arithmetic.data},
-        ops=_ops(table.tables("ops"), units),
+        arithmetic=_steps(arithmetic, ops),
+        ops=ops,
         units=units,
-        bytes_per_cycle=memory.number("bytes_per_cycle"),
+        memories=_memories(memory),
         clock_hz=memory.number("clock_hz"),
         origin=origin,
     )
+
+
+KEYS = (
+    "name",
+    "description",
+    "activations",
+    "weights",
+    "fusion",
+    "tables",
+    "sampling",
+    "arithmetic",
+    "ops",
+    "units",
+    "memory",
+)
+STEPS = ("product", "sum", "sample")  # the lowerings of qgraph need these; others may need more
 
 
 class _Table:
@@ -121,7 +144,62 @@ class _Table:
         return self.data[key]
 
 
-STEPS = ("product", "sum", "sample")
+def _schemes(table: _Table, but: Collection[str]) -> dict[str, Scheme]:
+    """Formats and their schemes."""
+    found = {}
+    for name in table.data:
+        if name in but:
+            continue
+        table.understood(lambda name=name: parse_qtype(name))  # type: ignore[misc]
+        word, schemes = table.text(name), {str(scheme): scheme for scheme in Scheme}
+        if word not in schemes:
+            raise TargetError(f"{name} is {word!r}", where=table.origin, fix=did_you_mean(word, schemes))
+        found[name] = schemes[word]
+    return found
+
+
+def _factors(arithmetic: _Table, ops: Collection[str]) -> dict[str, str]:
+    """How scales become factors: in general, and for single operators (`op.factors`)."""
+    found = {}
+    for name in ("factors", *(name for name in arithmetic.data if name.endswith(".factors"))):
+        word = arithmetic.text(name)
+        if word not in FACTORS:
+            raise TargetError(f"{name} is {word!r}", where=arithmetic.origin, fix=did_you_mean(word, FACTORS))
+        _check_op(name, ops, arithmetic)
+        found[name] = word
+    return found
+
+
+def _check_op(name: str, ops: Collection[str], arithmetic: _Table) -> None:
+    op, dot, _ = name.rpartition(".")
+    if dot and op not in ops:
+        raise TargetError(f"there is no operator {op!r}", where=arithmetic.origin, fix=did_you_mean(op, ops))
+
+
+def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
+    """The arithmetic of every step, and of steps of single operators (`op.step`)."""
+    for step in STEPS:
+        table.text(step)
+    steps = {}
+    for name in table.data:
+        if name == "quantize" or name.endswith("factors"):
+            continue
+        _check_op(name, ops, table)
+        steps[name] = _arithmetic(table, name)
+    return steps
+
+
+def _memories(table: _Table) -> dict[str, Memory]:
+    levels = {}
+    for name in table.data:
+        if name == "clock_hz":
+            continue
+        level = table.table(name)
+        level.allow({"bytes", "bytes_per_cycle"})
+        levels[name] = Memory(level.number("bytes"), level.number("bytes_per_cycle"))
+    if "ddr" not in levels:
+        raise TargetError("the memory 'ddr' is not described", where=table.origin, fix="add [memory.ddr]")
+    return levels
 
 
 def _arithmetic(table: _Table, step: str) -> Arithmetic:

@@ -10,8 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from qgraph.errors import TargetError, did_you_mean
-from qgraph.numerics import Arithmetic, Format, QType
+from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme
+
+RECIPROCAL_FACTORS = "float32_reciprocal"
+FACTORS = ("float32", "float64", RECIPROCAL_FACTORS)
 
 
 @dataclass(frozen=True)
@@ -51,46 +56,103 @@ class OpRule:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """One level of a device's memory.
+
+    Args:
+        bytes: its size.
+        bytes_per_cycle: its bandwidth.
+    """
+
+    bytes: float
+    bytes_per_cycle: float
+
+
+@dataclass(frozen=True)
 class Target:
     """A device.
 
     Args:
         name: its name.
         description: one line for listings.
-        symmetric: whether real zero is always code zero.
+        eight_bits: the format that stands for 8 bits where the user named none.
+        activations: format of a result to how its range becomes scale and zero point.
+        weights: the same for weights.
         weight_per_channel: whether weights have a scale per output channel.
+        bias: format of a bias.
+        residual: whether a convolution or linear adds another value before it rescales.
+        quantize_rule: how real numbers become codes.
+        factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
         tables: intervals of a function table by input format; None for one entry per code.
         weight_bits: fractional bits of bilinear interpolation weights.
-        arithmetic: named steps and how they accumulate and rescale.
+        arithmetic: named steps and how they accumulate and rescale; `op.step` for a step of one operator.
         ops: operator name to its rule.
         units: unit to operand formats to work per cycle.
-        bytes_per_cycle: memory bandwidth.
+        memories: levels by name; `ddr` is the one every value passes.
         clock_hz: cycles per second.
     """
 
     name: str
     description: str
-    symmetric: bool
+    eight_bits: QType
+    activations: Mapping[str, Scheme]
+    weights: Mapping[str, Scheme]
     weight_per_channel: bool
+    bias: Format
+    residual: bool
+    quantize_rule: QuantizeRule
+    factors: Mapping[str, str]
     tables: Mapping[str, int | None]
     weight_bits: int
     arithmetic: Mapping[str, Arithmetic]
     ops: Mapping[str, OpRule]
     units: Mapping[str, Mapping[str, float]]
-    bytes_per_cycle: float
+    memories: Mapping[str, Memory]
     clock_hz: float
     origin: str = field(default="", compare=False)
+
+    @property
+    def bytes_per_cycle(self) -> float:
+        """Bandwidth of the memory every value passes."""
+        return self.memories["ddr"].bytes_per_cycle
+
+    def activation_scheme(self, qtype: QType) -> Scheme:
+        """How a result's range becomes scale and zero point.
+
+        Raises:
+            TargetError: the target has no results in this format.
+        """
+        return self._scheme(self.activations, qtype, "result")
+
+    def weight_scheme(self, qtype: QType) -> Scheme:
+        """How a weight's range becomes a scale.
+
+        Raises:
+            TargetError: the target has no weights in this format.
+        """
+        return self._scheme(self.weights, qtype, "weight")
+
+    def _scheme(self, schemes: Mapping[str, Scheme], qtype: QType, what: str) -> Scheme:
+        if str(qtype) not in schemes:
+            raise TargetError(
+                f"target {self.name} has no {what} in {qtype}", where=self.origin, fix=f"use {', '.join(schemes)}"
+            )
+        return schemes[str(qtype)]
 
     def rule(self, op: str) -> OpRule | None:
         """What the target says of an operator; None if it cannot run it."""
         return self.ops.get(op)
 
-    def step(self, name: str) -> Arithmetic:
-        """The arithmetic of a named step.
+    def step(self, name: str, op: str = "") -> Arithmetic:
+        """The arithmetic of a named step, of an operator where the target tells it apart.
 
         Raises:
             TargetError: the target does not define it.
         """
+        if f"{op}.{name}" in self.arithmetic:
+            return self.arithmetic[f"{op}.{name}"]
+        if name == "rescale" and name not in self.arithmetic:
+            return self.step("product", op)
         if name not in self.arithmetic:
             raise TargetError(
                 f"target {self.name} defines no arithmetic for {name!r}",
@@ -98,6 +160,22 @@ class Target:
                 fix=did_you_mean(name, self.arithmetic),
             )
         return self.arithmetic[name]
+
+    def factor(self, op: str, *scales: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`s1 * s2 * ... / s` for an operator, each step in the target's precision; float64.
+
+        Args:
+            op: the operator's name.
+            scales: of the operands, and any further factors; float32 or float64, broadcastable.
+            result: scale of the result, times any further divisors.
+        """
+        word = self.factors.get(f"{op}.factors", self.factors["factors"])
+        dtype = torch.float64 if word == "float64" else torch.float32
+        total = scales[0].to(dtype)
+        for scale in scales[1:]:
+            total = total * scale.to(dtype)
+        divisor = result.to(dtype)
+        return (total * (1.0 / divisor) if word == RECIPROCAL_FACTORS else total / divisor).double()
 
     def table_entries(self, source: QType) -> int | None:
         """Intervals of a function table for this input format; None for one entry per code.

@@ -15,6 +15,7 @@ from qgraph.errors import QuantizationError, UserError
 from qgraph.numerics import (
     QParams,
     QType,
+    Scheme,
     choose_qparams,
     dequantize,
     qint4,
@@ -204,7 +205,7 @@ def affine_reference(low: float, high: float, qtype: QType) -> tuple[Fraction, i
 @exact()
 def test_affine_parameters_follow_the_formula(qtype: QType, low: float, high: float) -> None:
     low, high = sorted((low, high))
-    qparams = choose_qparams(single(low), single(high), qtype, symmetric=False)
+    qparams = choose_qparams(single(low), single(high), qtype, scheme=Scheme.AFFINE)
     scale, zero_point = affine_reference(low, high, qtype)
     assert fractions(qparams.scale) == [scale]
     assert qparams.zero_points().item() == zero_point
@@ -217,7 +218,7 @@ def test_affine_parameters_follow_the_formula(qtype: QType, low: float, high: fl
 def test_affine_range_is_covered(qtype: QType, low: float, high: float) -> None:
     """Real zero has a code, and both ends lie within half a step of one (plus float32 error: 2**-6 of a step)."""
     low, high = sorted((low, high))
-    qparams = choose_qparams(single(low), single(high), qtype, symmetric=False)
+    qparams = choose_qparams(single(low), single(high), qtype, scheme=Scheme.AFFINE)
     ends = single([low, high, 0.0])
     error = (dequantize(quantize(ends, qparams), qparams) - ends).double().abs()
     assert error[2] == 0
@@ -242,13 +243,13 @@ def test_affine_range_is_covered(qtype: QType, low: float, high: float) -> None:
     ],
 )
 def test_affine_examples(low: float, high: float, qtype: QType, scale: float, zero_point: int) -> None:
-    qparams = choose_qparams(single(low), single(high), qtype, symmetric=False)
+    qparams = choose_qparams(single(low), single(high), qtype, scheme=Scheme.AFFINE)
     assert (qparams.scale.item(), qparams.zero_points().item()) == (scale, zero_point)
 
 
 @pytest.mark.parametrize("qtype", AFFINE, ids=str)
 def test_the_widest_affine_range_has_a_finite_scale(qtype: QType) -> None:
-    qparams = choose_qparams(single(-LARGEST_FLOAT32), single(LARGEST_FLOAT32), qtype, symmetric=False)
+    qparams = choose_qparams(single(-LARGEST_FLOAT32), single(LARGEST_FLOAT32), qtype, scheme=Scheme.AFFINE)
     assert bool(torch.isfinite(qparams.scale))
     ends = single([-LARGEST_FLOAT32, 0.0])
     steps = quantize(ends, qparams).double() - qparams.zero_points()
@@ -259,17 +260,17 @@ def test_the_widest_affine_range_has_a_finite_scale(qtype: QType) -> None:
 
 def test_affine_32_bit_formats_are_refused() -> None:
     with pytest.raises(QuantizationError):
-        choose_qparams(single(-1.0), single(0.0), qint32, symmetric=False)
+        choose_qparams(single(-1.0), single(0.0), qint32, scheme=Scheme.AFFINE)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", list(Scheme))
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 1])
-def test_ranges_that_are_not_finite_are_refused(symmetric: bool, bad: float, where: int) -> None:
+def test_ranges_that_are_not_finite_are_refused(scheme: Scheme, bad: float, where: int) -> None:
     bounds = [single([-1.0, -1.0]), single([1.0, 1.0])]
     bounds[where][1] = bad
     with pytest.raises(QuantizationError, match="not finite"):
-        choose_qparams(*bounds, qint8, symmetric=symmetric, axis=0)
+        choose_qparams(*bounds, qint8, scheme=scheme, axis=0)
 
 
 def test_a_float64_range_beyond_float32_is_refused() -> None:
@@ -277,10 +278,10 @@ def test_a_float64_range_beyond_float32_is_refused() -> None:
         choose_qparams(torch.tensor(0.0), torch.tensor(1e39, dtype=torch.float64), qint8)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_range_upside_down_is_refused(symmetric: bool) -> None:
+@pytest.mark.parametrize("scheme", list(Scheme))
+def test_a_range_upside_down_is_refused(scheme: Scheme) -> None:
     with pytest.raises(QuantizationError, match="minimum above its maximum"):
-        choose_qparams(single([0.0, 1.0]), single([1.0, 0.5]), qint8, symmetric=symmetric, axis=0)
+        choose_qparams(single([0.0, 1.0]), single([1.0, 0.5]), qint8, scheme=scheme, axis=0)
 
 
 def test_unsigned_symmetric_is_refused() -> None:
@@ -294,12 +295,12 @@ def test_ranges_must_go_with_the_axis(bound: torch.Tensor, axis: int | None) -> 
         choose_qparams(-bound, bound, qint8, axis=axis)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_per_channel_is_slice_by_slice(symmetric: bool) -> None:
+@pytest.mark.parametrize("scheme", list(Scheme))
+def test_per_channel_is_slice_by_slice(scheme: Scheme) -> None:
     low = single([-1.0, 0.0, 0.0, -3.0, 2.0, -1e-42, -LARGEST_FLOAT32])
     high = single([0.5, 0.0, 7.0, -1.0, 2.0, 0.0, LARGEST_FLOAT32])
-    qparams = choose_qparams(low, high, qint8, symmetric=symmetric, axis=2)
-    slices = [choose_qparams(*bounds, qint8, symmetric=symmetric) for bounds in zip(low, high, strict=True)]
+    qparams = choose_qparams(low, high, qint8, scheme=scheme, axis=2)
+    slices = [choose_qparams(*bounds, qint8, scheme=scheme) for bounds in zip(low, high, strict=True)]
     assert qparams.axis == 2
     assert qparams.scale.tolist() == [one.scale.item() for one in slices]
     assert qparams.zero_points().tolist() == [one.zero_points().item() for one in slices]
@@ -308,8 +309,8 @@ def test_per_channel_is_slice_by_slice(symmetric: bool) -> None:
 
 def test_parameters_do_not_require_gradients() -> None:
     bound = torch.tensor(1.0, requires_grad=True)
-    for symmetric in (True, False):
-        assert not choose_qparams(-bound, bound, qint8, symmetric=symmetric).scale.requires_grad
+    for scheme in Scheme:
+        assert not choose_qparams(-bound, bound, qint8, scheme=scheme).scale.requires_grad
 
 
 @pytest.mark.parametrize("scale", [0.1, 1 / 3, 2.0**-20, SMALLEST_NORMAL, LARGEST_FLOAT32])

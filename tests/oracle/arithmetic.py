@@ -19,17 +19,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Format:
-    """Codes of a signed integer of `bits` bits."""
+    """Codes of an integer of `bits` bits."""
 
     bits: int
+    signed: bool = True
 
     @property
     def low(self) -> int:
-        return -(1 << (self.bits - 1))
+        return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def high(self) -> int:
-        return (1 << (self.bits - 1)) - 1
+        return self.low + (1 << self.bits) - 1
 
     def holds(self, value: int) -> bool:
         return self.low <= value <= self.high
@@ -42,9 +43,10 @@ class Format:
 
 
 def parse_format(text: str) -> Format:
-    if not text.startswith("int"):
-        raise ValueError(f"the page knows signed integer formats only, not {text!r}")
-    return Format(int(text.removeprefix("int")))
+    signed = text.removeprefix("u")
+    if not signed.startswith("int"):
+        raise ValueError(f"the page knows integer formats only, not {text!r}")
+    return Format(int(signed.removeprefix("int")), signed=signed == text)
 
 
 # --- rounding ------------------------------------------------------------------------------------------------------
@@ -103,6 +105,11 @@ def exact(value: np.float32) -> Fraction:
 def multiply32(a: np.float32, b: np.float32) -> np.float32:
     with np.errstate(over="ignore", under="ignore"):
         return np.float32(a * b)
+
+
+def divide32(a: np.float32, b: np.float32) -> np.float32:
+    with np.errstate(over="ignore", under="ignore"):
+        return np.float32(a / b)
 
 
 def add32(a: np.float32, b: np.float32) -> np.float32:
@@ -179,11 +186,12 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Finish:
-    """Everything that follows the exact sum of an operator: accumulator, rescaling, clamp."""
+    """Everything that follows the exact sum of an operator: accumulator, rescaling, zero point, clamp."""
 
     word: Word
     bounds: Bounds
     counts: Counts = field(default_factory=Counts)
+    zero: int = 0
 
     def accumulate(self, total: int) -> int:
         """Brings an exact sum into the accumulator, once."""
@@ -193,7 +201,7 @@ class Finish:
         return accumulator.saturate(total) if self.word.saturating else accumulator.wrap(total)
 
     def clamp(self, value: int) -> int:
-        return self.bounds.clamp(value, self.counts)
+        return self.bounds.clamp(value + self.zero, self.counts)
 
     def rescaled(self, value: int, multiplier: int | float, shift: int | None) -> int:
         """One term, by the table of section 2, and the clamp."""

@@ -7,17 +7,19 @@ on single numbers. Each function returns the array of results and adds to the co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import product
 
 import numpy as np
 
 from .arithmetic import (
+    ROUNDINGS,
     Bounds,
     Counts,
     Finish,
     Format,
+    divide32,
     exact,
     half_even,
     multiply32,
@@ -62,24 +64,50 @@ def at(values: Array, position: Position) -> int | None:
     return values[position] if inside else None
 
 
-def finish(arithmetic: str, low: int, high: int, format: str, counts: Counts) -> Finish:
-    return Finish(parse_word(arithmetic), Bounds(low, high, parse_format(format)), counts)
+def finish(arithmetic: str, low: int, high: int, format: str, zero: int, counts: Counts) -> Finish:
+    return Finish(parse_word(arithmetic), Bounds(low, high, parse_format(format)), counts, zero)
+
+
+OPERANDS = {"x_zero": 0, "y_zero": 1, "residual_zero": 3}
+"""Where the operand of a zero point stands among the arguments."""
+
+
+def call(operator: str, arguments: Sequence[Array | None], options: Mapping[str, object], counts: Counts) -> Array:
+    """An operator with zero points: codes are counted from theirs before anything else happens."""
+    counted, rest = list(arguments), dict(options)
+    for name, position in OPERANDS.items():
+        zero = rest.pop(name, 0)
+        if zero:
+            codes = counted[position]
+            counted[position] = fill(codes.shape, lambda i, codes=codes, zero=zero: codes[i] - zero)
+    return OPERATORS[operator](*counted, **rest, counts=counts)
 
 
 # --- section 3: borders --------------------------------------------------------------------------------------------
 
 
-def quantize(x: Array, scale: Array, *, format: str, counts: Counts) -> Array:
-    """`sat_F(rhe(fl(x * (1 / s))))`; NaN becomes 0 and counts."""
+def quantize(
+    x: Array,
+    scale: Array,
+    *,
+    format: str,
+    zero: int = 0,
+    rounding: str = "reciprocal:half_even",
+    counts: Counts,
+) -> Array:
+    """`sat_F(round(x / s) + zero)`, the quotient in float32; NaN becomes the zero point and counts."""
     target = parse_format(format)
     bounds = Bounds(target.low, target.high, target)
-    inverse = np.float32(1) / np.float32(scale.item())
+    way, _, name = rounding.partition(":")
+    step, inverse = np.float32(scale.item()), np.float32(1) / np.float32(scale.item())
 
     def code(i: Position) -> int:
         if np.isnan(x[i]):
             counts.saturated += 1
-            return 0
-        return bounds.clamp(half_even(exact(multiply32(np.float32(x[i]), inverse))), counts)
+            return bounds.clamp(zero, Counts())
+        value = np.float32(x[i])
+        quotient = multiply32(value, inverse) if way == "reciprocal" else divide32(value, step)
+        return bounds.clamp(ROUNDINGS[name](exact(quotient)) + zero, counts)
 
     return fill(x.shape, code)
 
@@ -140,6 +168,7 @@ def conv(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """Convolution of any rank; a transposed one is gathered by the outputs."""
@@ -147,7 +176,7 @@ def conv(
         sums = transposed_convolution_sums(x, weight, stride, padding, dilation, output_padding, groups)
     else:
         sums = convolution_sums(x, weight, stride, padding, dilation, groups)
-    end = finish(arithmetic, low, high, format, counts)
+    end = finish(arithmetic, low, high, format, zero, counts)
     return end_of_product(sums, 1, bias, residual, multiplier, shift, residual_multiplier, end)
 
 
@@ -220,6 +249,7 @@ def linear(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """`x @ weight.T`, channels last."""
@@ -227,7 +257,7 @@ def linear(
         [*x.shape[:-1], weight.shape[0]],
         lambda i: sum(x[(*i[:-1], k)] * weight[i[-1], k] for k in range(x.shape[-1])),
     )
-    end = finish(arithmetic, low, high, format, counts)
+    end = finish(arithmetic, low, high, format, zero, counts)
     return end_of_product(sums, sums.ndim - 1, bias, residual, multiplier, shift, residual_multiplier, end)
 
 
@@ -241,6 +271,7 @@ def matmul(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """Products of stacks of matrices with the broadcasting of `torch.matmul`; vectors are rows or columns."""
@@ -257,7 +288,7 @@ def matmul(
         sums = np.squeeze(sums, axis=-2)
     if y.ndim == 1:
         sums = np.squeeze(sums, axis=-1)
-    end = finish(arithmetic, low, high, format, counts)
+    end = finish(arithmetic, low, high, format, zero, counts)
     return end_of_product(np.asarray(sums, dtype=object), -1, None, None, multiplier, shift, None, end)
 
 
@@ -274,10 +305,11 @@ def requantize(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """A change of scale or format, with an offset if given."""
-    end = finish(arithmetic, low, high, format, counts)
+    end = finish(arithmetic, low, high, format, zero, counts)
     shape = np.broadcast_shapes(x.shape, *(p.shape for p in (multiplier, shift, offset) if p is not None))
     codes, multipliers, shifts, offsets = (spread(values, shape) for values in (x, multiplier, shift, offset))
 
@@ -300,10 +332,11 @@ def add(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """Two terms with one shift; a negative multiplier subtracts."""
-    end = finish(arithmetic, low, high, format, counts)
+    end = finish(arithmetic, low, high, format, zero, counts)
     shape = np.broadcast_shapes(x.shape, y.shape)
     left, right, left_multiplier, right_multiplier, shifts = (
         spread(values, shape) for values in (x, y, multiplier_x, multiplier_y, shift)
@@ -323,10 +356,11 @@ def mul(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """The product of two codes, accumulated and rescaled."""
-    end = finish(arithmetic, low, high, format, counts)
+    end = finish(arithmetic, low, high, format, zero, counts)
     shape = np.broadcast_shapes(x.shape, y.shape)
     left, right, multipliers, shifts = (spread(values, shape) for values in (x, y, multiplier, shift))
     return fill(shape, lambda i: end.rescaled(end.accumulate(left[i] * right[i]), multipliers[i], shifts[i]))
@@ -435,6 +469,7 @@ def avg_pool(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """Sums of windows, rescaled; the divisor is in the multiplier."""
@@ -448,7 +483,7 @@ def avg_pool(
         ]
         return sum(code for code in window if code is not None)
 
-    end = finish(arithmetic, low, high, format, counts)
+    end = finish(arithmetic, low, high, format, zero, counts)
     return end_of_sum(fill([*x.shape[:-rank], *output_size], total), multiplier, shift, end)
 
 
@@ -462,6 +497,7 @@ def adaptive_avg_pool(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """Sums of the windows that divide each axis into `output_size` parts."""
@@ -473,7 +509,7 @@ def adaptive_avg_pool(
         window = product(*(adaptive_window(place[a], output_size[a], inner[a]) for a in range(rank)))
         return sum(x[(*position[:-rank], *source)] for source in window)
 
-    end = finish(arithmetic, low, high, format, counts)
+    end = finish(arithmetic, low, high, format, zero, counts)
     return end_of_sum(fill([*x.shape[:-rank], *output_size], total), multiplier, shift, end)
 
 
@@ -492,6 +528,7 @@ def reduce_sum(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """Sums along axes, rescaled."""
@@ -507,7 +544,7 @@ def reduce_sum(
     sums = fill(kept, total)
     if not keepdim:
         sums = sums.reshape([size for axis, size in enumerate(x.shape) if axis not in axes])
-    return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, counts))
+    return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, zero, counts))
 
 
 def end_of_sum(sums: Array, multiplier: Array, shift: Array | None, end: Finish) -> Array:
@@ -531,6 +568,7 @@ def resize_bilinear(
     low: int,
     high: int,
     format: str,
+    zero: int = 0,
     counts: Counts,
 ) -> Array:
     """Rows first, then columns; `rows` and `columns` hold the two indices and the weight of the second."""
@@ -546,7 +584,7 @@ def resize_bilinear(
         return at_c * (one - v) + at_d * v
 
     sums = fill([*x.shape[:2], rows.shape[1], columns.shape[1]], total)
-    return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, counts))
+    return end_of_sum(sums, multiplier, shift, finish(arithmetic, low, high, format, zero, counts))
 
 
 # --- numbers made when a graph is lowered --------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from tests.oracle.arithmetic import Counts, encode, encode_sum, parse_format, parse_word
-from tests.oracle.operators import OPERATORS
+from tests.oracle.operators import OPERANDS, call
 
-STORAGE = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
+STORAGE = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 ROUNDINGS = ("half_even", "half_up", "half_away", "floor")
 NARROW_ACCUMULATORS = (16, 24)
 
@@ -84,7 +84,7 @@ class Draw:
 
     def output(self, *formats: str) -> dict[str, Any]:
         """A format and bounds: none, those of relu, those of relu6, or any."""
-        name = self.one_of(*(formats or ("int8", "int8", "int16", "int32")))
+        name = self.one_of(*(formats or ("int8", "int8", "uint8", "int16", "int32")))
         target = parse_format(name)
         low, high = target.low, target.high
         kind = self.one_of("none", "none", "relu", "relu6", "any")
@@ -126,7 +126,7 @@ class Draw:
         return self.tensor([self.code(name, kind) for _ in range(count)], shape, STORAGE[name])
 
     def operand(self, shape: Sequence[int], *formats: str) -> torch.Tensor:
-        return self.codes(self.one_of(*(formats or ("int8", "int16"))), shape)
+        return self.codes(self.one_of(*(formats or ("int8", "uint8", "int16"))), shape)
 
     # --- factors ---
 
@@ -518,6 +518,32 @@ CASES: dict[str, Callable[[Draw], Case]] = {
 }
 
 
+# --- zero points ---------------------------------------------------------------------------------------------------
+
+RESULT_ZERO = tuple(name for name in CASES if name not in ("dequantize", "clamp", "lookup", "max_pool"))
+OPERAND_ZEROS = {"add": ("x", "y"), "mul": ("x", "y"), "matmul": ("x", "y"), "conv": ("x", "residual")}
+OPERAND_ZEROS |= {"linear": ("x", "residual"), "quantize": (), "clamp": (), "lookup": (), "max_pool": ()}
+FORMATS = {dtype: name for name, dtype in STORAGE.items()}
+
+
+def with_zero_points(draw: Draw, case: Case) -> Case:
+    """The case with zero points of 8 and 16 bit operands and results, odd ones and the ends preferred."""
+    if draw.chance(0.5):
+        return case
+    options = dict(case.options)
+    if case.operator == "quantize":
+        options["rounding"] = f"{draw.one_of('reciprocal', 'divide')}:{draw.one_of(*ROUNDINGS)}"
+    for name in OPERAND_ZEROS.get(case.operator, ("x",)):
+        position = OPERANDS[f"{name}_zero"]
+        operand = case.arguments[position]
+        if operand is not None and operand.dtype is not torch.int32:
+            options[f"{name}_zero"] = draw.code(FORMATS[operand.dtype], draw.one_of("ends", "small", "uniform"))
+    raw = case.operator in ("conv", "linear", "matmul") and case.arguments[-1] is None and options["format"] == "int32"
+    if case.operator in RESULT_ZERO and options["format"] != "int32" and not raw:
+        options["zero"] = draw.code(options["format"], draw.one_of("ends", "small", "uniform"))
+    return Case(case.operator, case.arguments, options)
+
+
 # --- what the oracle says ------------------------------------------------------------------------------------------
 
 
@@ -533,13 +559,14 @@ def array_of(tensor: torch.Tensor | None) -> np.ndarray | None:
 def ask_oracle(case: Case) -> tuple[np.ndarray, Counts]:
     counts = Counts()
     arguments = [array_of(argument) for argument in case.arguments]
-    return OPERATORS[case.operator](*arguments, **case.options, counts=counts), counts
+    return call(case.operator, arguments, case.options, counts), counts
 
 
 def drawn(operator: str, seed: int) -> tuple[Case, np.ndarray, Counts]:
     """A case whose numbers all fit 64 bits, and what the oracle says of it."""
     for attempt in range(100):
-        case = CASES[operator](Draw(f"{operator}-{seed}-{attempt}"))
+        draw = Draw(f"{operator}-{seed}-{attempt}")
+        case = with_zero_points(draw, CASES[operator](draw))
         expected, counts = ask_oracle(case)
         if counts.widest <= 63:
             return case, expected, counts

@@ -17,7 +17,7 @@ from qgraph.ir.node_info import info
 from qgraph.quantization import ModuleNameQconfigSetter, QConfig, calibrate, convert, get_qconfig, prepare
 from qgraph.simulator import OpCost, Simulator
 from qgraph.simulator.cost import macs_of, op_cost
-from qgraph.targets import get_target
+from qgraph.targets import Memory, get_target
 from tests.support.models import Forward, Residual, image
 
 
@@ -101,7 +101,7 @@ def test_elements_by_the_widest_operand() -> None:
     assert small.bytes == 2 * 65536 + 16
     assert small.cycles == small.bytes / 16
     assert wide.bytes == 4 * 65536 + 16
-    target = replace(get_target("bpu"), bytes_per_cycle=1e9)
+    target = replace(get_target("bpu"), memories={"ddr": Memory(1e9, 1e9)})
     for output, rate in (("int8", 128), ("int16", 64)):
         integer = integer_of(nn.Sequential(nn.ReLU6()), x, QConfig(output=output))
         node = next(node for node in integer.graph.nodes if info(node).site == "0")

@@ -6,17 +6,28 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 
 from qgraph.errors import TargetError
 from qgraph.ir.op_table import OPS
-from qgraph.numerics import float16, qint8, qint16, qint32
-from qgraph.targets import Target, get_target, load_target, parse_target
+from qgraph.numerics import Scheme, float16, qint8, qint16, qint32
+from qgraph.targets import Memory, Target, get_target, load_target, parse_target
 
 SMALL = """
 name = "small"
 description = "for tests"
-symmetric = true
-weight_per_channel = false
+
+[activations]
+eight_bits = "int8"
+int8 = "symmetric"
+
+[weights]
+per_channel = false
+bias = "int32"
+int8 = "symmetric_narrow"
+
+[fusion]
+residual = true
 
 [tables]
 int8 = "full"
@@ -26,9 +37,12 @@ int16 = 1024
 weight_bits = 8
 
 [arithmetic]
+quantize = "divide:half_away"
+factors = "float32"
 product = "int32:wrap/fixed_point:24:half_even"
 sum = "int32:wrap/fixed_point:24:half_even"
 sample = "int32:wrap/fixed_point:24:half_even"
+"add.sum" = "int32:wrap/float:half_even"
 
 [[ops]]
 names = ["conv2d", "linear"]
@@ -47,8 +61,15 @@ legal = ["int8 -> int8"]
 int8 = 2.5
 
 [memory]
-bytes_per_cycle = 4
 clock_hz = 1e6
+
+[memory.ddr]
+bytes = 1e9
+bytes_per_cycle = 4
+
+[memory.sram]
+bytes = 1e6
+bytes_per_cycle = 8
 """
 
 
@@ -60,14 +81,25 @@ def small(old: str = "", new: str = "") -> Target:
 def test_everything_a_file_says_is_read() -> None:
     target = small()
     assert (target.name, target.description) == ("small", "for tests")
-    assert target.symmetric is True
+    assert target.eight_bits == qint8
+    assert target.activation_scheme(qint8) is Scheme.SYMMETRIC
+    assert target.weight_scheme(qint8) is Scheme.SYMMETRIC_NARROW
     assert target.weight_per_channel is False
+    assert target.bias == qint32
+    assert target.residual is True
+    assert str(target.quantize_rule) == "divide:half_away"
+    scales = torch.tensor(0.1), torch.tensor(0.3)
+    assert target.factor("add", *scales, result=torch.tensor(0.7)) == (scales[0] * scales[1] / 0.7).double()
     assert target.table_entries(qint8) is None
     assert target.table_entries(qint16) == 1024
     assert target.weight_bits == 8
     assert str(target.step("product")) == "int32:wrap/fixed_point:24:half_even"
     assert list(target.ops) == ["conv2d", "linear", "add"]
     assert target.units == {"tensor": {"int8*int8": 64}, "vector": {"int8": 2.5}}
+    assert str(target.step("sum")) == str(target.step("sum", "sub")) == "int32:wrap/fixed_point:24:half_even"
+    assert str(target.step("sum", "add")) == "int32:wrap/float:half_even"
+    assert target.step("rescale") == target.step("product")
+    assert target.memories == {"ddr": Memory(1e9, 4), "sram": Memory(1e6, 8)}
     assert (target.bytes_per_cycle, target.clock_hz) == (4, 1e6)
     assert target.rule("matmul") is None
 
@@ -105,12 +137,12 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
     ("old", "new", "words"),
     [
         # keys
-        ("symmetric = true", "symetric = true", ["unknown key 'symetric'", "did you mean 'symmetric'"]),
+        ("[fusion]", "[fusoin]", ["unknown key 'fusoin'", "did you mean 'fusion'"]),
         ('unit = "vector"', 'unti = "vector"', ["unknown key 'unti'", "did you mean 'unit'?", "[[ops]] number 2"]),
         ("weight_bits = 8", "weight_bit = 8", ["unknown key 'weight_bit'", "'weight_bits'", "[sampling]"]),
-        ("clock_hz", "clock", ["unknown key 'clock'", "[memory]"]),
+        ("clock_hz", "clock", ["clock is", "[memory]"]),
         ('name = "small"\n', "", ["lacks 'name'", "give a text"]),
-        ("symmetric = true\n", "", ["lacks 'symmetric'", "give true or false"]),
+        ("residual = true\n", "", ["lacks 'residual'", "give true or false", "[fusion]"]),
         ("product = ", "prodct = ", ["lacks 'product'", "[arithmetic]"]),
         ("weight_bits = 8\n", "", ["lacks 'weight_bits'", "[sampling]"]),
         ("bytes_per_cycle = 4\n", "", ["lacks 'bytes_per_cycle'", "[memory]"]),
@@ -120,8 +152,19 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         # kinds
         ('name = "small"', "name = 3", ["name is 3", "give a text"]),
         ('name = "small"', 'name = ""', ["name is ''", "not empty"]),
-        ("symmetric = true", "symmetric = false", ["symmetric = false is not available", "zero at code zero"]),
-        ("symmetric = true", 'symmetric = "yes"', ["symmetric is 'yes'", "give true or false"]),
+        (
+            'int8 = "symmetric"',
+            'int8 = "symetric"',
+            ["int8 is 'symetric'", "did you mean 'symmetric'", "[activations]"],
+        ),
+        ('int8 = "symmetric"', 'in8 = "symmetric"', ["unknown number format 'in8'", "[activations]"]),
+        ('bias = "int32"', 'bias = "int33x"', ["unknown number format 'int33x'", "[weights]"]),
+        ('"divide:half_away"', '"divde:half_away"', ["is no way to quantize", "divide:half_away", "[arithmetic]"]),
+        ('"float32"', '"float31"', ["factors is 'float31'", "did you mean 'float32'", "[arithmetic]"]),
+        ('"add.sum"', '"ad.sum"', ["there is no operator 'ad'", "did you mean 'add'", "[arithmetic]"]),
+        ("residual = true", 'residual = "yes"', ["residual is 'yes'", "give true or false"]),
+        ("[memory.ddr]", "[memory.dram]", ["the memory 'ddr' is not described", "[memory]"]),
+        ("bytes = 1e9", "bites = 1e9", ["unknown key 'bites'", "[ddr]"]),
         ("weight_bits = 8", "weight_bits = 8.5", ["weight_bits is 8.5", "whole number"]),
         ("weight_bits = 8", "weight_bits = true", ["weight_bits is True", "number"]),
         ("bytes_per_cycle = 4", "bytes_per_cycle = 0", ["bytes_per_cycle is 0", "positive number"]),
@@ -221,6 +264,5 @@ def test_bpu_runs_every_operator_that_has_a_lowering() -> None:
 
 def test_bpu_defines_every_step() -> None:
     assert BPU.arithmetic.keys() == {"product", "sum", "sample"}
-    assert BPU.symmetric
     text = resources.files("qgraph.targets").joinpath("bpu.toml").read_text(encoding="utf-8")
     assert parse_target(text, origin="x") == BPU

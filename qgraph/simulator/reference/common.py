@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from qgraph.numerics import Arithmetic, Factor, parse_arithmetic, parse_qtype
+from qgraph.errors import UserError
+from qgraph.numerics import Arithmetic, EngineSum, Factor, RequantizeRule, Rule, parse_arithmetic, parse_qtype
 from qgraph.simulator.trace import KernelTrace
 
 
-def wide(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as int64."""
-    return codes.to(torch.int64)
+def wide(codes: torch.Tensor, zero: int = 0) -> torch.Tensor:
+    """Codes as int64, counted from their zero point."""
+    return codes.to(torch.int64) - zero if zero else codes.to(torch.int64)
 
 
 def accumulated(sums: torch.Tensor, arithmetic: Arithmetic, trace: KernelTrace | None) -> torch.Tensor:
@@ -22,7 +23,7 @@ def accumulated(sums: torch.Tensor, arithmetic: Arithmetic, trace: KernelTrace |
 
 
 def finished(scaled: torch.Tensor, low: int, high: int, format: str, trace: KernelTrace | None) -> torch.Tensor:
-    """Rescaled values (int64) between the bounds, in the format's storage dtype."""
+    """Rescaled values (int64, zero point included) between the bounds, in the format's storage dtype."""
     qtype = parse_qtype(format)
     if trace is not None:
         # An activation's bound clips on purpose; only leaving the format counts as saturation.
@@ -40,16 +41,35 @@ def requantized(
     low: int,
     high: int,
     format: str,
+    zero: int,
     trace: KernelTrace | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Exact sums (int64) accumulated, rescaled by one factor, bounded."""
+    """Exact sums (int64) accumulated, rescaled by one factor, moved to the zero point, bounded.
+
+    `bias` is a float32 bias of engines that have one.
+    """
     word = parse_arithmetic(arithmetic)
+    if isinstance(word.rule, EngineSum):
+        raise UserError(f"{word.rule} rescales sums of two terms only", fix="give this operator another word")
     held = accumulated(sums, word, trace)
-    return finished(word.rule.apply(held, Factor(multiplier, shift)), low, high, format, trace)
+    scaled = word.rule.apply(held, Factor(multiplier, shift), zero, bias)
+    return finished(scaled, low, high, format, trace)
+
+
+def general(rule: Rule) -> RequantizeRule:
+    """A rule that defines sums of any terms.
+
+    Raises:
+        UserError: it is the word of an engine, which defines one operator.
+    """
+    if not isinstance(rule, RequantizeRule):
+        raise UserError(f"{rule} defines no sum of several terms", fix="give this operator another word")
+    return rule
 
 
 def along_channels(values: torch.Tensor | None, spatial: int) -> torch.Tensor | None:
-    """Per-channel values `[C]` (or `[]`) viewed so that `spatial` dimensions follow the channels."""
+    """Per-channel values `[..., C]` (or `[]`) viewed so that `spatial` dimensions follow the channels."""
     if values is None or values.dim() == 0:
         return values
-    return values.reshape(-1, *[1] * spatial)
+    return values.reshape(*values.shape, *[1] * spatial)

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import torch
 
-from qgraph.numerics import QParams, parse_arithmetic, parse_qtype
+from qgraph.numerics import (
+    RECIPROCAL,
+    AddFactors,
+    EngineSum,
+    QParams,
+    Zeros,
+    parse_arithmetic,
+    parse_qtype,
+    parse_quantize_rule,
+    qint32,
+)
 from qgraph.numerics import dequantize as dequantize_codes
 from qgraph.numerics import lookup as look_up
 from qgraph.numerics import quantize as quantize_values
-from qgraph.simulator.reference.common import finished, requantized, wide
+from qgraph.simulator.reference.common import finished, general, requantized, wide
 from qgraph.simulator.trace import KernelTrace
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, *, format: str, trace: KernelTrace | None = None) -> torch.Tensor:
-    """Codes of real numbers `x` (any shape): `saturate(round_half_even(x * (1 / scale)))` in float32."""
-    qtype = parse_qtype(format)
+def quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    format: str,
+    zero: int = 0,
+    rounding: str = str(RECIPROCAL),
+    trace: KernelTrace | None = None,
+) -> torch.Tensor:
+    """Codes of real numbers `x` (any shape): `saturate(round(x / scale) + zero)`; `rounding` says how in float32."""
+    qtype, rule = parse_qtype(format), parse_quantize_rule(rounding)
     if trace is not None:
-        unbounded = torch.round(x.to(torch.float32) * (1.0 / scale))
+        unbounded = rule.steps(x.to(torch.float32), scale) + zero
         trace.saturated += int((~qtype.contains(unbounded.double())).sum())
-    return quantize_values(x, QParams(scale, qtype))
+    return quantize_values(x, QParams(scale, qtype, torch.full_like(scale, zero, dtype=torch.int64)), rule)
 
 
-def dequantize(x: torch.Tensor, scale: torch.Tensor, *, axis: int, trace: KernelTrace | None = None) -> torch.Tensor:
-    """Real numbers of codes `x` (any shape): `x * scale` in float32; `axis` -1 for one scale per tensor."""
+def dequantize(
+    x: torch.Tensor, scale: torch.Tensor, *, axis: int, x_zero: int = 0, trace: KernelTrace | None = None
+) -> torch.Tensor:
+    """Real numbers of codes `x` (any shape): `(x - x_zero) * scale` in float32; `axis` -1 for one scale per tensor."""
     # The format only bounds codes, and these exist already.
-    return dequantize_codes(x, QParams(scale, parse_qtype("int32"), axis=None if scale.dim() == 0 else axis))
+    return dequantize_codes(wide(x, x_zero), QParams(scale, qint32, axis=None if scale.dim() == 0 else axis))
 
 
 def requantize(
@@ -37,13 +57,16 @@ def requantize(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """`saturate(round(x * M + offset, shift))`; parameters broadcast against `x`."""
     if offset is None:
-        return requantized(wide(x), multiplier, shift, arithmetic, low, high, format, trace)
-    rule = parse_arithmetic(arithmetic).rule
-    return finished(rule.apply_sum([wide(x)], [multiplier], shift, offset), low, high, format, trace)
+        return requantized(wide(x, x_zero), multiplier, shift, arithmetic, low, high, format, zero, trace)
+    rule = general(parse_arithmetic(arithmetic).rule)
+    scaled = rule.apply_sum([wide(x, x_zero)], [multiplier], shift, offset) + zero
+    return finished(scaled, low, high, format, trace)
 
 
 def add(
@@ -52,16 +75,23 @@ def add(
     multiplier_x: torch.Tensor,
     multiplier_y: torch.Tensor,
     shift: torch.Tensor | None,
+    multiplier: torch.Tensor | None = None,
     *,
     arithmetic: str,
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    y_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """`saturate(round(x * Mx + y * My, shift))`, operands broadcast."""
+    """`saturate(round(x * Mx + y * My, shift))`, operands broadcast; `multiplier` is for engines that scale the sum."""
     rule = parse_arithmetic(arithmetic).rule
-    scaled = rule.apply_sum([wide(x), wide(y)], [multiplier_x, multiplier_y], shift)
+    if isinstance(rule, EngineSum):
+        factors = AddFactors(multiplier_x, multiplier_y, shift, multiplier)
+        return finished(rule.add(x, y, factors, Zeros(x_zero, y_zero, zero)), low, high, format, trace)
+    scaled = general(rule).apply_sum([wide(x, x_zero), wide(y, y_zero)], [multiplier_x, multiplier_y], shift) + zero
     return finished(scaled, low, high, format, trace)
 
 
@@ -75,10 +105,14 @@ def mul(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    y_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """`saturate(rescale(x * y))`, operands broadcast."""
-    return requantized(wide(x) * wide(y), multiplier, shift, arithmetic, low, high, format, trace)
+    product = wide(x, x_zero) * wide(y, y_zero)
+    return requantized(product, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def lookup(x: torch.Tensor, table: torch.Tensor, *, source: str, trace: KernelTrace | None = None) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qgraph.errors import UserError
 from qgraph.numerics import parse_arithmetic
-from qgraph.simulator.reference.common import accumulated, along_channels, finished, requantized, wide
+from qgraph.simulator.reference.common import accumulated, along_channels, finished, general, requantized, wide
 from qgraph.simulator.trace import KernelTrace
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -40,26 +40,28 @@ def conv(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    residual_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """`x` `[N, C_in, *in]`, `weight` as torch lays it out, `bias` int32 `[C_out]`; result `[N, C_out, *out]`.
+    """`x` `[N, C_in, *in]`, `weight` as torch lays it out, `bias` `[C_out]`; result `[N, C_out, *out]`.
 
-    As in torch, `N` may be missing in both.
+    The bias is int32, or float32 on engines that add one. As in torch, `N` may be missing in both.
     """
     rank = weight.dim() - 2
     if transposed:
         options = (list(stride), list(padding), list(output_padding), groups, list(dilation))
-        sums = _TRANSPOSED[rank - 1](_exact(x), _exact(weight), None, *options)
+        sums = _TRANSPOSED[rank - 1](_exact(x, x_zero), _exact(weight), None, *options)
     else:
         sums = _CONVOLUTIONS[rank - 1](
-            _exact(x), _exact(weight), None, list(stride), list(padding), list(dilation), groups
+            _exact(x, x_zero), _exact(weight), None, list(stride), list(padding), list(dilation), groups
         )
     sums = wide(sums)
-    if bias is not None:
-        sums = sums + wide(bias).reshape(-1, *[1] * rank)
     return _finish_product(
         sums,
-        residual,
+        along_channels(bias, rank),
+        None if residual is None else wide(residual, residual_zero),
         along_channels(multiplier, rank),
         along_channels(shift, rank),
         along_channels(residual_multiplier, rank),
@@ -67,6 +69,7 @@ def conv(
         low,
         high,
         format,
+        zero,
         trace,
     )
 
@@ -84,13 +87,17 @@ def linear(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    residual_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """`x` `[*, in]`, `weight` `[out, in]`, `bias` int32 `[out]`; result `[*, out]`."""
-    sums = wide(torch.matmul(_exact(x), _exact(weight).t()))
-    if bias is not None:
-        sums = sums + wide(bias)
-    return _finish_product(sums, residual, multiplier, shift, residual_multiplier, arithmetic, low, high, format, trace)
+    """`x` `[*, in]`, `weight` `[out, in]`, `bias` int32 or float32 `[out]`; result `[*, out]`."""
+    sums = wide(torch.matmul(_exact(x, x_zero), _exact(weight).t()))
+    other = None if residual is None else wide(residual, residual_zero)
+    return _finish_product(
+        sums, bias, other, multiplier, shift, residual_multiplier, arithmetic, low, high, format, zero, trace
+    )
 
 
 def matmul(
@@ -103,15 +110,19 @@ def matmul(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    y_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """The matrix product of `x` `[*, n, k]` and `y` `[*, k, m]`."""
-    sums = wide(torch.matmul(_exact(x), _exact(y)))
-    return _finish_product(sums, None, multiplier, shift, None, arithmetic, low, high, format, trace)
+    sums = wide(torch.matmul(_exact(x, x_zero), _exact(y, y_zero)))
+    return _finish_product(sums, None, None, multiplier, shift, None, arithmetic, low, high, format, zero, trace)
 
 
 def _finish_product(
     sums: torch.Tensor,
+    bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     multiplier: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -120,21 +131,26 @@ def _finish_product(
     low: int,
     high: int,
     format: str,
+    zero: int,
     trace: KernelTrace | None,
 ) -> torch.Tensor:
     word = parse_arithmetic(arithmetic)
+    real_bias = bias if bias is not None and bias.is_floating_point() else None
+    if bias is not None and real_bias is None:
+        sums = sums + wide(bias)
     if multiplier is None:  # a high-precision output: the accumulator itself
         return finished(accumulated(sums, word, trace), low, high, format, trace)
     if residual is None or residual_multiplier is None:
-        return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
+        return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace, real_bias)
     held = accumulated(sums, word, trace)
-    scaled = word.rule.apply_sum([held, wide(residual)], [multiplier, residual_multiplier], shift)
+    scaled = general(word.rule).apply_sum([held, residual], [multiplier, residual_multiplier], shift) + zero
     return finished(scaled, low, high, format, trace)
 
 
-def _exact(codes: torch.Tensor) -> torch.Tensor:
-    """Codes in a dtype in which products and sums are exact: int64, or float64 where int64 has no kernels (CUDA).
+def _exact(codes: torch.Tensor, zero: int = 0) -> torch.Tensor:
+    """Codes, counted from their zero point, in a dtype in which products and sums are exact.
 
+    int64, or float64 where int64 has no kernels (CUDA).
     Sums stay below 2**53 for operands of up to 16 bits and fewer than 2**23 products.
 
     Raises:
@@ -142,4 +158,5 @@ def _exact(codes: torch.Tensor) -> torch.Tensor:
     """
     if codes.dtype is torch.int32:
         raise UserError("an operand of a matrix product is int32", fix="requantize it to int8 or int16 first")
-    return codes.to(torch.int64 if codes.device.type == "cpu" else torch.float64)
+    exact = codes.to(torch.int64 if codes.device.type == "cpu" else torch.float64)
+    return exact - zero if zero else exact

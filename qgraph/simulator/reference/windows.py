@@ -88,15 +88,17 @@ def avg_pool(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """The rescaled sum of each window of `x` `[N, C, *in]`; the factor includes one over the number of elements.
 
     `multiplier` and `shift` broadcast against `[N, C, *output_size]`, because windows at the edge may count fewer.
     """
-    windows = _windows(wide(x), kernel_size, stride, padding, output_size, value=0)
+    windows = _windows(wide(x, x_zero), kernel_size, stride, padding, output_size, value=0)
     sums = windows.sum(dim=tuple(range(-len(kernel_size), 0)))
-    return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
+    return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def adaptive_avg_pool(
@@ -109,17 +111,19 @@ def adaptive_avg_pool(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """The rescaled sum of each adaptive window: window `i` of `n` over `L` covers floor(iL/n) to ceil((i+1)L/n)."""
     rank = len(output_size)
-    sums = wide(x)
+    sums = wide(x, x_zero)
     for axis, count in enumerate(output_size):
         dim = x.dim() - rank + axis
         length = x.shape[dim]
         bounds = [(i * length // count, -((-(i + 1) * length) // count)) for i in range(count)]
         sums = torch.stack([sums.narrow(dim, a, b - a).sum(dim) for a, b in bounds], dim)
-    return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
+    return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def reduce_sum(
@@ -133,11 +137,14 @@ def reduce_sum(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """The rescaled sum over `dims`; for a mean the factor includes one over the number of elements."""
-    sums = wide(x).sum(dim=list(dims), keepdim=keepdim) if dims else wide(x)  # torch sums everything for no dims
-    return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
+    codes = wide(x, x_zero)
+    sums = codes.sum(dim=list(dims), keepdim=keepdim) if dims else codes  # torch sums everything for no dims
+    return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def resize_bilinear(
@@ -152,6 +159,8 @@ def resize_bilinear(
     low: int,
     high: int,
     format: str,
+    x_zero: int = 0,
+    zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
     """Weighted means of four neighbours of `x` `[N, C, H, W]`.
@@ -160,13 +169,13 @@ def resize_bilinear(
     `2**-weight_bits`; the weight of the one before is the rest to 1. The factor includes `2**(-2 * weight_bits)`.
     """
     one = 1 << weight_bits
-    codes = wide(x)
+    codes = wide(x, x_zero)
     above, below = codes.index_select(2, rows[0]), codes.index_select(2, rows[1])
     weight = rows[2].reshape(-1, 1)
     mixed = above * (one - weight) + below * weight
     left, right = mixed.index_select(3, columns[0]), mixed.index_select(3, columns[1])
     sums = left * (one - columns[2]) + right * columns[2]
-    return requantized(sums, multiplier, shift, arithmetic, low, high, format, trace)
+    return requantized(sums, multiplier, shift, arithmetic, low, high, format, zero, trace)
 
 
 def clamp_codes(x: torch.Tensor, *, low: int, high: int, format: str, trace: KernelTrace | None = None) -> torch.Tensor:

@@ -1,0 +1,209 @@
+"""Rescaling as existing engines do it, step by step; found by experiment and checked against the engines in the tests.
+
+Each rule is one word of the arithmetic (`int32:wrap/gemmlowp`). `acc` is the accumulator, `z` the zero point of the
+result, `fl` one float32 rounding, `rhe` rounds half to even, and `int32()` converts as x86 does.
+
+    mlas_mul        onnxruntime QLinearMul
+        int32(rhe(fl(fl(fl(acc) * m) + z)))
+    fbgemm          torch, fbgemm; b is the bias in steps of the accumulator, float32
+        int32(rhe(fl(fl(fl(acc) + b) * m))) + z
+    onednn          torch, oneDNN; b is the real bias
+        int32(rhe(fl(fl(t * my) + z))), t = fl(fl(fl(fl(acc) * mx) * mw) + b)
+    gemmlowp        LiteRT, 32-bit accumulators
+        rdbp(srdhm(wrap(acc * 2**max(s, 0)), M), max(-s, 0)) + z
+    tflite_int64    LiteRT, 64-bit accumulators
+        wrap((acc * M16 + 2**(14 - s)) >> (15 - s)) + z
+    tflite_double   LiteRT fully connected; m in float64
+        int32(half_away(acc * m)) + z
+srdhm(a, M) = (a * M + 2**30) >> 31, rdbp(x, e) rounds x / 2**e half away from zero (gemmlowp's fixedpoint.h).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from qgraph.errors import QuantizationError
+from qgraph.numerics.factor import Factor
+from qgraph.numerics.float_steps import round_half_away, to_int32, wrap32
+
+_MULTIPLIER_BITS = 31
+_SMALLEST_SHIFT = -31
+
+
+class EngineRule(ABC):
+    """One engine's rescaling of one term.
+
+    Attributes:
+        name: the word.
+        accumulator_bits: widest accumulator it is exact for.
+        largest: the largest real factor it stores.
+    """
+
+    name: ClassVar[str]
+    accumulator_bits: ClassVar[int] = 64
+    largest: ClassVar[float] = float(1 << 31) * (1 - torch.finfo(torch.float32).eps)
+
+    def encode(self, factor: torch.Tensor) -> Factor:
+        """What the engine stores for a real factor (float64, any shape, finite).
+
+        Raises:
+            QuantizationError: a factor is not finite or too large.
+        """
+        if not bool(torch.isfinite(factor).all()):
+            raise QuantizationError("a rescaling factor is not finite")
+        if bool((factor.abs() > self.largest).any()):
+            raise QuantizationError(
+                f"a rescaling factor is above {self.largest:g}",
+                why="the scale of the result is far smaller than the scale of what it is computed from",
+                fix="look at the calibrated ranges around this op",
+            )
+        return self._stored(factor.double())
+
+    def _stored(self, factor: torch.Tensor) -> Factor:
+        return Factor(factor.to(torch.float32), None)
+
+    @abstractmethod
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The rescaled accumulator (int64, any shape) at a zero point, unsaturated int64; `bias` is float32 or None."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class MlasMul(EngineRule):
+    """onnxruntime's QLinearMul: the zero point enters before rounding."""
+
+    name = "mlas_mul"
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        _refuse(bias, self)
+        return to_int32(torch.round(accumulator.to(torch.float32) * factor.multiplier + float(zero)))
+
+
+class Fbgemm(EngineRule):
+    """fbgemm's requantization of products; the float bias counts in steps of the accumulator."""
+
+    name = "fbgemm"
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        held = accumulator.to(torch.float32)
+        if bias is not None:
+            held = held + bias
+        return to_int32(torch.round(held * factor.multiplier)) + zero
+
+
+class OneDnn(EngineRule):
+    """oneDNN's: scale of the input, of the weight, bias in reals, then the result's scale and zero point.
+
+    The stored multiplier is `[3, C]` (or `[3]`): the factors of input, weight and result.
+    """
+
+    name = "onednn"
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        source, weight, result = factor.multiplier.unbind(0)
+        real = accumulator.to(torch.float32) * source * weight
+        if bias is not None:
+            real = real + bias
+        return to_int32(torch.round(real * result + float(zero)))
+
+
+class Gemmlowp(EngineRule):
+    """LiteRT's MultiplyByQuantizedMultiplier of int32: two roundings. `M / 2**31 * 2**s` is the factor."""
+
+    name = "gemmlowp"
+    accumulator_bits = 32
+
+    def _stored(self, factor: torch.Tensor) -> Factor:
+        return quantize_multiplier(factor)
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        _refuse(bias, self)
+        return multiply_by_multiplier(accumulator, factor.multiplier, factor.shifts()) + zero
+
+
+class TfliteInt64(EngineRule):
+    """LiteRT's MultiplyByQuantizedMultiplier of int64: a 16-bit multiplier and one rounding, ties upwards."""
+
+    name = "tflite_int64"
+    accumulator_bits = 48
+
+    def _stored(self, factor: torch.Tensor) -> Factor:
+        exact = quantize_multiplier(factor)
+        full = exact.multiplier >= 0x7FFF0000
+        short = torch.where(full, 0x7FFF, (exact.multiplier + (1 << 15)) >> 16)
+        return Factor(short, exact.shifts())
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        _refuse(bias, self)
+        total = 15 - factor.shifts()
+        half = torch.ones_like(total) << (total - 1)
+        return wrap32((accumulator * factor.multiplier + half) >> total) + zero
+
+
+class TfliteDouble(EngineRule):
+    """LiteRT's fully connected operator: one float64 product, ties away from zero."""
+
+    name = "tflite_double"
+    accumulator_bits = 53
+
+    def _stored(self, factor: torch.Tensor) -> Factor:
+        return Factor(factor, None)
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        _refuse(bias, self)
+        return to_int32(round_half_away(accumulator.double() * factor.multiplier)) + zero
+
+
+def quantize_multiplier(factor: torch.Tensor) -> Factor:
+    """TFLite's QuantizeMultiplier: `factor = M * 2**(s - 31)`, `2**30 <= |M| < 2**31`; M = 0 below `2**-32`."""
+    mantissa, exponent = torch.frexp(factor)
+    multiplier = round_half_away(torch.ldexp(mantissa, torch.tensor(float(_MULTIPLIER_BITS)))).to(torch.int64)
+    shift = exponent.to(torch.int64)
+    full = multiplier.abs() == 1 << _MULTIPLIER_BITS
+    multiplier = torch.where(full, torch.div(multiplier, 2, rounding_mode="trunc"), multiplier)
+    shift = torch.where(full, shift + 1, shift)
+    none = (shift < _SMALLEST_SHIFT) | (factor == 0)
+    return Factor(torch.where(none, 0, multiplier), torch.where(none, 0, shift))
+
+
+def multiply_by_multiplier(values: torch.Tensor, multiplier: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """TFLite's MultiplyByQuantizedMultiplier of int32 values held in int64; the left shift wraps at 32 bits."""
+    lifted = wrap32(values << shift.clamp(min=0))
+    high = (lifted * multiplier + (1 << 30)) >> 31
+    return rounding_divide(high, (-shift).clamp(min=0))
+
+
+def rounding_divide(values: torch.Tensor, exponent: torch.Tensor | int) -> torch.Tensor:
+    """Gemmlowp's RoundingDivideByPOT: `values / 2**exponent`, ties away from zero."""
+    amount = torch.as_tensor(exponent, dtype=torch.int64, device=values.device)
+    mask = (torch.ones_like(amount) << amount) - 1
+    above = (values & mask) > (mask >> 1) + (values < 0).to(torch.int64)
+    return (values >> amount) + above.to(torch.int64)
+
+
+def _refuse(bias: torch.Tensor | None, rule: EngineRule) -> None:
+    if bias is not None:
+        raise QuantizationError(f"{rule} adds no float bias", fix="give the bias in steps of the accumulator, int32")
+
+
+ENGINE_RULES: dict[str, EngineRule] = {
+    rule.name: rule for rule in (MlasMul(), Fbgemm(), OneDnn(), Gemmlowp(), TfliteInt64(), TfliteDouble())
+}
