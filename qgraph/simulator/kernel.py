@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+_CPU = torch.device("cpu")
 Kernel: TypeAlias = Callable[..., torch.Tensor]
 
 
@@ -37,7 +38,7 @@ class Operand:
     shape: tuple[int, ...]
     low: int
     high: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
 
 @dataclass(frozen=True)

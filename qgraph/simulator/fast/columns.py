@@ -31,7 +31,7 @@ def bound_loop(finish: Finish, columns: int, wide: bool) -> Loop:
 
 
 def _scale(finish: Finish, columns: int, low: int, high: int) -> Loop:
-    compiled, (term,), zero = loops(), finish.terms, finish.zero
+    compiled, term, zero = loops(), finish.terms[0], finish.zero
     start = _spread(term.start, columns).astype(np.int64) - term.zero
     f32 = (np.float32(low), np.float32(high), np.int32(zero))
     if finish.way == "f32":

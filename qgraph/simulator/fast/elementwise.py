@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from qgraph.numerics import ScaleForm, lookup, parse_arithmetic, parse_qtype
+from qgraph.numerics import (
+    RECIPROCAL,
+    EngineSum,
+    RequantizeRule,
+    Rounding,
+    ScaleForm,
+    lookup,
+    parse_arithmetic,
+    parse_qtype,
+    parse_quantize_rule,
+)
 from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, dense, memory, shaped_as
 from qgraph.simulator.fast.loops import loops
@@ -32,13 +42,24 @@ def _codes(operand: Any) -> Operand:
     return operand
 
 
+def _in_float(call: KernelCall) -> bool:
+    """Whether the rule of a call rounds its terms to float32.
+
+    Raises:
+        NoFastForm: it is the word of an engine's sum.
+    """
+    rule = parse_arithmetic(call.options["arithmetic"]).rule
+    if isinstance(rule, EngineSum):
+        raise NoFastForm("an engine's own sum")
+    return isinstance(rule, RequantizeRule) and rule.form is ScaleForm.FLOAT
+
+
 def prepare_requantize(call: KernelCall) -> Kernel:
     """One value, with an offset or without; factors per tensor, along the last dimension, or any."""
     x, multiplier, shift, offset = call.args
     x, zero = _codes(x), call.options.get("x_zero", 0)
     _constants(multiplier, shift, offset)
-    is_float = parse_arithmetic(call.options["arithmetic"]).rule.form is ScaleForm.FLOAT
-    if x.dtype is torch.int32 and is_float and zero:
+    if x.dtype is torch.int32 and _in_float(call) and zero:
         raise NoFastForm("int32 codes with a zero point are rounded to float32 after it is subtracted")
     term = Term(multiplier, _reach(x, zero), zero)
     finish = Finish(call.options, [term], shift, offset, accumulates=offset is None)
@@ -81,12 +102,13 @@ def _flat(finish: Finish, rank: int, own: int) -> Kernel:
 
 def prepare_add(call: KernelCall) -> Kernel:
     """Two values and one shift."""
-    x, y, multiplier_x, multiplier_y, shift = call.args
+    x, y, multiplier_x, multiplier_y, shift = call.args[:5]
+    if any(extra is not None for extra in call.args[5:]):
+        raise NoFastForm("an engine's own sum")
     x, y = _codes(x), _codes(y)
     _constants(multiplier_x, multiplier_y, shift)
     zeros = call.options.get("x_zero", 0), call.options.get("y_zero", 0)
-    rule = parse_arithmetic(call.options["arithmetic"]).rule
-    if rule.form is ScaleForm.FLOAT and torch.int32 in (x.dtype, y.dtype) and any(zeros):
+    if _in_float(call) and torch.int32 in (x.dtype, y.dtype) and any(zeros):
         raise NoFastForm("int32 codes with a zero point are rounded to float32 after it is subtracted")
     terms = [Term(multiplier_x, _reach(x, zeros[0]), zeros[0]), Term(multiplier_y, _reach(y, zeros[1]), zeros[1])]
     finish = Finish(call.options, terms, shift, accumulates=False)
@@ -159,34 +181,25 @@ def prepare_clamp(call: KernelCall) -> Kernel:
 
 
 def prepare_quantize(call: KernelCall) -> Kernel:
-    """Codes of reals in few passes; images come out channels_last."""
+    """The reference's steps, in place; images come out channels_last."""
     scale, options = call.args[1], call.options
-    if (
-        not isinstance(scale, torch.Tensor)
-        or scale.dim()
-        or options.get("rounding", "reciprocal:half_even") != _default_rounding()
-    ):
-        raise NoFastForm("one scale per tensor and the product with its reciprocal are what is fast")
-    qtype, zero = parse_qtype(options["format"]), options.get("zero", 0)
-    if qtype.bits > 16:
-        raise NoFastForm(f"the result is {qtype}")
-    inverse = 1.0 / scale
-    reference = REFERENCE["quantize"]
+    qtype, zero = parse_qtype(options["format"]), int(options.get("zero", 0))
+    rule = parse_quantize_rule(options.get("rounding", str(RECIPROCAL)))
+    if not isinstance(scale, torch.Tensor) or scale.dim() or qtype.bits > 16 or rule.rounding is not Rounding.HALF_EVEN:
+        raise NoFastForm("only one scale per tensor, rounding to even and results of up to 16 bits are fast")
+    factor = scale if rule.divides else 1.0 / scale
+    steps = torch.div if rule.divides else torch.mul
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         if trace is not None:
-            reference(x, scale, **options, trace=trace)
+            REFERENCE["quantize"](x, scale, **options, trace=trace)
         image = channels_last(x) if x.dim() == 4 else x
-        scaled = torch.mul(image.to(torch.float32), inverse).round_().nan_to_num_(0.0, float("inf"), float("-inf"))
+        scaled = steps(image.to(torch.float32), factor).round_().nan_to_num_(0.0, float("inf"), float("-inf"))
         if zero:
             scaled.add_(zero)
         return scaled.clamp_(qtype.qmin, qtype.qmax).to(qtype.storage)
 
     return run
-
-
-def _default_rounding() -> str:
-    return "reciprocal:half_even"
 
 
 def prepare_dequantize(call: KernelCall) -> Kernel:

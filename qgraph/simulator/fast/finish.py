@@ -4,7 +4,8 @@ A `Finish` knows the rule, the factors and bounds of its terms, and chooses once
 
     f32   the float rule, as it is defined
     f64   multipliers times `2**-shift` in float64, where products and sums have at most 53 bits
-    int   64-bit integers, for all the rest
+    int   64-bit integers
+    engine  an engine's own rule, as it is defined, where no general one is the same
 
 Each way exists compiled (numba, arrays of rows) and as torch operators (any shapes and devices).
 """
@@ -21,10 +22,12 @@ from qgraph.numerics import (
     QType,
     RequantizeRule,
     Rounding,
+    Rule,
     ScaleForm,
     parse_arithmetic,
     parse_qtype,
 )
+from qgraph.numerics.engines import EngineRule
 from qgraph.numerics.rounding import round_float
 from qgraph.simulator.fast.columns import Loop, bound_loop
 from qgraph.simulator.fast.exact import DOUBLE, exact_in_double, largest
@@ -34,6 +37,10 @@ from qgraph.simulator.kernel import NoFastForm
 from qgraph.simulator.trace import KernelTrace
 
 _HIGH_BITS = 31
+_INT32 = 1 << 31
+_TWO = RequantizeRule(ScaleForm.FIXED_POINT_TWO, Rounding.HALF_AWAY, _HIGH_BITS, Rounding.HALF_UP)
+_UP = RequantizeRule(ScaleForm.FIXED_POINT, Rounding.HALF_UP, 16)
+_FLOAT = RequantizeRule(ScaleForm.FLOAT, Rounding.HALF_EVEN)
 _CHUNK = 1 << 17  # elements of wide temporaries that stay in a core's cache
 _COLUMNS = 1024
 _NARROW = (torch.int8, torch.uint8, torch.int16)
@@ -47,6 +54,7 @@ class Finish:
         terms: one or two terms; the second is the residual.
         shift, offset: as the operator stores them.
         factors: for a product, its two operands (their multipliers are not used).
+        real_bias: a float32 bias, of engines that have one.
         accumulates: whether the first term passes through the accumulator.
 
     Raises:
@@ -60,29 +68,47 @@ class Finish:
         shift: torch.Tensor | None,
         offset: torch.Tensor | None = None,
         factors: tuple[Term, Term] | None = None,
+        real_bias: torch.Tensor | None = None,
         *,
         accumulates: bool = True,
     ) -> None:
         word: Arithmetic = parse_arithmetic(options["arithmetic"])
-        self.rule: RequantizeRule = word.rule
         self.qtype: QType = parse_qtype(options["format"])
         self.low, self.high, self.zero = int(options["low"]), int(options["high"]), int(options.get("zero", 0))
-        self.terms, self.shift, self.offset, self.factors = terms, shift, offset, factors
+        self.terms, self.offset, self.factors, self.real_bias = terms, offset, factors, real_bias
         self.is_sum = len(terms) > 1 or offset is not None
+        self.rule, self.shift, self.engine = self._rule(word.rule, shift)
         if self.qtype.storage not in _NARROW:
             raise NoFastForm(f"the result is {self.qtype}")
         if accumulates and terms[0].bound > word.accumulator.qmax:
             raise NoFastForm(f"sums may leave the accumulator of {word.accumulator.bits} bits")
-        if self.is_sum and self.rule.form is ScaleForm.FIXED_POINT_TWO:
-            raise NoFastForm("two-step rescaling defines no sums")
+        if self.is_sum and (self.engine is not None or self.rule.form is ScaleForm.FIXED_POINT_TWO):
+            raise NoFastForm(f"{word.rule} defines no sums")
+        if real_bias is not None and self.engine is None:
+            raise NoFastForm(f"{word.rule} adds no float bias")
+        self.float_factors: dict[torch.device, list[torch.Tensor]] = {}
         self.way = self._way()
         even = self.rule.rounding is Rounding.HALF_EVEN
         on_cpu = terms[0].multiplier.device.type == "cpu"
-        self.compiles = on_cpu and loops() is not None and (even or self.rule.form is not ScaleForm.FLOAT)
+        general = self.engine is None and (even or self.rule.form is not ScaleForm.FLOAT)
+        self.compiles = on_cpu and general and loops() is not None
         self.loops: dict[tuple[int, bool], Loop] = {}
         self.float_factors: dict[torch.device, list[torch.Tensor]] = {}
 
+    def _rule(
+        self, rule: Rule, shift: torch.Tensor | None
+    ) -> tuple[RequantizeRule, torch.Tensor | None, EngineRule | None]:
+        """The rule in a general form, with its shift, or the engine's own, to be applied as it is defined."""
+        if isinstance(rule, RequantizeRule):
+            return rule, shift, None
+        same = (
+            None if self.is_sum or self.real_bias is not None else general_form(rule, self.terms[0], shift, self.zero)
+        )
+        return (*same, None) if same is not None else (_FLOAT, shift, rule)
+
     def _way(self) -> str:
+        if self.engine is not None:
+            return "engine"
         if self.rule.form is ScaleForm.FLOAT:
             return "f32"
         assert self.shift is not None
@@ -204,6 +230,11 @@ class Finish:
     def _finished(self, values: list[torch.Tensor], low: int, high: int, storage: torch.dtype) -> torch.Tensor:
         if self.way == "int":
             return self._in_integers(values, low, high, storage)
+        if self.engine is not None:
+            term = self.terms[0]
+            held = _started(values[0].to(torch.int64), term)
+            scaled = self.engine.apply(held, Factor(term.multiplier, self.shift), self.zero, self.real_bias)
+            return _stored(scaled - self.zero, low, high, self.zero, storage)
         kind = torch.float32 if self.way == "f32" else torch.float64
         factors = self._float_factors(values[0].device)
         total: torch.Tensor | None = None
@@ -245,6 +276,25 @@ class Finish:
         else:
             scaled = self.rule.apply(wide[0], Factor(self.terms[0].multiplier, self.shift))
         return _stored(scaled, low, high, self.zero, storage)
+
+
+def general_form(
+    rule: EngineRule, term: Term, shift: torch.Tensor | None, zero: int
+) -> tuple[RequantizeRule, torch.Tensor | None] | None:
+    """A general rule and its shift that compute what an engine's word does for every sum within the bound, if there are."""
+    if shift is None:
+        plain = rule.name == "fbgemm" or (rule.name == "mlas_mul" and zero == 0)
+        # Within 32 bits their conversion to integers is exact.
+        small = plain and term.bound * float(term.multiplier.abs().max()) < _INT32
+        return (_FLOAT, None) if small else None
+    if rule.name == "gemmlowp" and bool((shift <= 0).all()):
+        # 2**31 is divided out with ties upwards, 2**-shift with ties away from zero.
+        return _TWO, _HIGH_BITS - shift
+    if rule.name == "tflite_int64" and bool((shift <= 15).all()) and bool((shift >= -47).all()):
+        reach = term.bound * term.multiplier.abs().double() * torch.ldexp(torch.ones(()).double(), shift - 15.0)
+        if float(reach.max()) < _INT32 - 1:  # and so nothing wraps
+            return _UP, 15 - shift
+    return None
 
 
 def _started(values: torch.Tensor, term: Term) -> torch.Tensor:

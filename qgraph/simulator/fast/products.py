@@ -32,8 +32,7 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 
 def prepare_conv(call: KernelCall) -> Kernel:
     """`[N, C, *in]` with a constant weight; 2-d ones stay channels_last."""
-    x, weight, bias = call.args[:3]
-    x, weight = _checked(x, weight, bias)
+    x, weight, bias = _checked(*call.args[:3])
     rank, options = weight.dim() - 2, call.options
     if len(x.shape) != rank + 2:
         raise NoFastForm("the input has no batch dimension")
@@ -47,7 +46,7 @@ def prepare_conv(call: KernelCall) -> Kernel:
     if tuple(weight.shape[2:]) == (1, 1) and options["groups"] == 1 and not any(options["padding"]):
         matrix = matrix_of(x, weight.reshape(weight.shape[:2]), bias, zero)
         if matrix is not None:
-            return _pointwise(call, x, weight, matrix)
+            return _pointwise(call, x, weight, bias, matrix)
     sums = convolution_sums(x, weight, bias, zero, options)
     end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias))
 
@@ -73,10 +72,10 @@ def _images_at_once(x: torch.Tensor, channels: int, stride: Sequence[int]) -> in
     return max(8 * TILE // sums, 1)
 
 
-def _pointwise(call: KernelCall, x: Operand, weight: torch.Tensor, matrix: Matrix) -> Kernel:
+def _pointwise(call: KernelCall, x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, matrix: Matrix) -> Kernel:
     """A 1x1 convolution: a matrix product of pixels."""
     zero, (down, across) = call.options.get("x_zero", 0), call.options["stride"]
-    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, call.args[2]), matrix.start)
+    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias), matrix.start)
 
     def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         picked = values if down == across == 1 else values[:, :, ::down, ::across]
@@ -103,7 +102,7 @@ def _sees_input(x: Operand, weight: torch.Tensor, options: dict[str, Any]) -> bo
 
 def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kernel:
     """1-d, 3-d and transposed convolutions, carried in floats."""
-    bias = call.args[2]
+    bias = _checked(*call.args[:3])[2]
     options, rank = call.options, weight.dim() - 2
     zero = options.get("x_zero", 0)
     low, high = x.low - zero, x.high - zero
@@ -139,15 +138,14 @@ def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kern
 
 def _transposed_bound(call: KernelCall, weight: torch.Tensor, low: int, high: int) -> int:
     """As if every input met every weight of its output channel; `weight` is `[in, out / groups, ...]`."""
-    groups, bias = call.options["groups"], call.args[2]
+    groups, bias = call.options["groups"], _checked(*call.args[:3])[2]
     shape = (groups, weight.shape[0] // groups, weight.shape[1], -1)
     return product_bound(weight.reshape(shape).transpose(1, 2).reshape(groups * weight.shape[1], -1), low, high, bias)
 
 
 def prepare_linear(call: KernelCall) -> Kernel:
     """`[*, in]` with a constant weight `[out, in]`."""
-    x, weight, bias = call.args[:3]
-    x, weight = _checked(x, weight, bias)
+    x, weight, bias = _checked(*call.args[:3])
     zero, size = call.options.get("x_zero", 0), weight.shape[0]
     bound = product_bound(weight, x.low - zero, x.high - zero, bias)
     matrix = matrix_of(x, weight, bias, zero)
@@ -241,16 +239,17 @@ class _End:
             return
         if isinstance(multiplier, Operand) or isinstance(shift, Operand) or isinstance(other, Operand):
             raise NoFastForm("a multiplier is computed")
-        terms = [Term(multiplier.reshape(-1) if multiplier.dim() else multiplier, bound, 0, start)]
+        terms = [Term(multiplier, bound, 0, start)]
         if residual is not None and other is not None:
             if not isinstance(residual, Operand):
                 raise NoFastForm("the residual is a constant")
             zero = options.get("residual_zero", 0)
-            terms.append(Term(other.reshape(-1) if other.dim() else other, _reach(residual, zero), zero))
+            terms.append(Term(other, _reach(residual, zero), zero))
         elif residual is not None:
             raise NoFastForm("the residual has no multiplier")
-        flat_shift = shift if shift is None or not shift.dim() else shift.reshape(-1)
-        self.finish = Finish(options, terms, flat_shift)
+        bias = args[2] if with_residual else None
+        real_bias = bias if bias is not None and bias.is_floating_point() else None
+        self.finish = Finish(options, terms, shift, real_bias=real_bias)
 
     def rows(self, sums: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
         """Codes of sums `[rows, columns]`."""
@@ -307,12 +306,13 @@ def _reach(operand: Operand, zero: int) -> int:
     return max(abs(operand.low - zero), abs(operand.high - zero))
 
 
-def _checked(x: Any, weight: Any, bias: Any) -> tuple[Operand, torch.Tensor]:
+def _checked(x: Any, weight: Any, bias: Any) -> tuple[Operand, torch.Tensor, torch.Tensor | None]:
+    """Input, weight, and the bias if it is an integer; a float bias is part of the rescaling."""
     if not isinstance(x, Operand) or not isinstance(weight, torch.Tensor) or isinstance(bias, Operand):
         raise NoFastForm("the weight is computed, or the input is a constant")
     if torch.int32 in (x.dtype, weight.dtype):
         raise NoFastForm("an operand is int32")
-    return x, weight
+    return x, weight, None if bias is not None and bias.is_floating_point() else bias
 
 
 KERNELS = {"conv": prepare_conv, "linear": prepare_linear, "matmul": prepare_matmul}
