@@ -84,7 +84,9 @@ def test_activations_of_16_bits() -> None:
 def test_injected_codes_beyond_what_a_site_computes() -> None:
     """After a relu the fast kernels read codes as unsigned; negative ones send the run to the reference."""
     torch.manual_seed(0)
-    integer = integer_of(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3)), image(2))
+    integer = integer_of(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3)), image(2)
+    )
     fast, plain = Simulator(integer), Simulator(integer, "reference")
     site = next(site for site, node in fast.sites.items() if node.kwargs.get("low") == 0)
     codes = torch.randint(-128, 0, (2, 4, 6, 6)).to(torch.int8)

@@ -58,14 +58,32 @@ def run(*, rounds: int = 7, rows: tuple[str, ...] = ()) -> str:
 
 
 def _table(measured: list[dict[str, Any]], numba: bool) -> str:
-    headers = ("model", "batch", "variant", "float / fast", "to reach", "recorded / fast", "float / FX x86", "float / ort", "")
+    headers = (
+        "model",
+        "batch",
+        "variant",
+        "float / fast",
+        "to reach",
+        "recorded / fast",
+        "float / FX x86",
+        "float / ort",
+        "",
+    )
     rows: list[tuple[object, ...]] = []
     for row in measured:
         reach = row["with"] if numba else row["without"]
         good = row["fast"] >= reach and row["recorded"] <= RECORDED
         peers = [f"{row[peer]:.2f}" if row.get(peer) else "-" for peer in ("fx", "ort")]
         rows.append(
-            (row["model"], row["batch"], row["variant"], f"{row['fast']:.2f}", reach or "-", f"{row['recorded']:.2f}", *peers)
+            (
+                row["model"],
+                row["batch"],
+                row["variant"],
+                f"{row['fast']:.2f}",
+                reach or "-",
+                f"{row['recorded']:.2f}",
+                *peers,
+            )
             + ("ok" if good else "MISSED",)
         )
     return table(headers, rows)

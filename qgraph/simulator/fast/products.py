@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qgraph.numerics import parse_arithmetic, parse_qtype, qint32
+from qgraph.numerics import Overflow, parse_arithmetic, parse_qtype, qint32
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
 from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, image_of, rows_of
@@ -126,7 +126,7 @@ def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kern
             more = (list(options["output_padding"]), options["groups"], dilation)
             total = _TRANSPOSED[rank](codes, held, addend, stride, padding, *more)
         else:
-            with torch.backends.nnpack.flags(enabled=False):  # type: ignore[no-untyped-call]
+            with torch.backends.nnpack.flags(enabled=False):
                 total = _CONVOLUTIONS[rank](codes, held, addend, stride, padding, dilation, options["groups"])
         moved = total.movedim(1, -1).contiguous()
         second = None if other is None else other.movedim(1, -1).reshape(-1, other.shape[1])
@@ -178,12 +178,11 @@ def prepare_matmul(call: KernelCall) -> Kernel:
     largest_x = max(abs(x.low - x_zero), abs(x.high - x_zero))
     largest_y = max(abs(y.low - y_zero), abs(y.high - y_zero))
     bound = x.shape[-1] * largest_x * largest_y
-    if bound > min(qint32.qmax, DOUBLE):
-        raise NoFastForm("sums may have more than 32 bits")
     if multiplier is not None and multiplier.numel() != 1:
         raise NoFastForm("there is more than one multiplier")
     end = _End(call, bound)
     by_integers = matrices_multiply(x.device, x.shape[-1]) and y.dtype is torch.int8 and not x_zero and not y_zero
+    by_integers = by_integers and bound <= qint32.qmax
     wide = torch.float32 if bound <= SINGLE and x.device.type == "cpu" else torch.float64
     terms = x.shape[-1]
 
@@ -230,11 +229,14 @@ class _End:
         self.options = options
         self.finish: Finish | None = None
         word = parse_arithmetic(options["arithmetic"])
-        if bound > word.accumulator.qmax:
-            raise NoFastForm(f"sums may leave the accumulator of {word.accumulator.bits} bits")
+        self.wraps = bound > word.accumulator.qmax
+        if self.wraps:
+            if word.accumulator != qint32 or word.overflow is not Overflow.WRAP or bound >= DOUBLE:
+                raise NoFastForm(f"sums may leave the accumulator of {word.accumulator.bits} bits")
+            bound = -qint32.qmin
         if multiplier is None:
             self.qtype = parse_qtype(options["format"])
-            if self.qtype.bits < 32 or bound > qint32.qmax or residual is not None or options.get("zero", 0):
+            if self.qtype.bits < 32 or bound > -qint32.qmin or residual is not None or options.get("zero", 0):
                 raise NoFastForm("an accumulator is cut to a narrower format")
             return
         if isinstance(multiplier, Operand) or isinstance(shift, Operand) or isinstance(other, Operand):
@@ -249,10 +251,12 @@ class _End:
             raise NoFastForm("the residual has no multiplier")
         bias = args[2] if with_residual else None
         real_bias = bias if bias is not None and bias.is_floating_point() else None
-        self.finish = Finish(options, terms, shift, real_bias=real_bias)
+        self.finish = Finish(options, terms, shift, real_bias=real_bias, accumulates=not self.wraps)
 
     def rows(self, sums: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
         """Codes of sums `[rows, columns]`."""
+        if self.wraps:
+            sums = _wrapped(sums, trace)
         if self.finish is None:
             return self._raw(sums)
         return self.finish.rows(sums, other, trace)
@@ -290,6 +294,8 @@ class _End:
 
     def flat(self, sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
         """Codes of sums of any shape, with one multiplier."""
+        if self.wraps:
+            sums = _wrapped(sums, trace)
         if self.finish is None:
             return self._raw(sums)
         return self.finish.flat(sums.contiguous().view(-1), None, trace).view(sums.shape)
@@ -299,6 +305,15 @@ class _End:
         whole = sums.to(torch.int32)
         whole = whole if self.start is None else whole.add_(self.start)
         return whole.clamp_(self.options["low"], self.options["high"])
+
+
+def _wrapped(sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
+    """Exact sums modulo 2**32: the conversion to int32 keeps the low bits."""
+    exact = sums.to(torch.int64)
+    held = exact.to(torch.int32)
+    if trace is not None:
+        trace.overflowed += int(torch.count_nonzero(held != exact))
+    return held
 
 
 def _reach(operand: Operand, zero: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from qgraph.simulator.fast.probe import Convolution, exact_kinds, kind_of
 from qgraph.simulator.kernel import NoFastForm, Operand
 
 Sums = Callable[[torch.Tensor], torch.Tensor]
+Geometry: TypeAlias = tuple[list[int], list[int], list[int]]  # stride, padding, dilation
 _BYTE = 8
 _BYTES = (torch.int8, torch.uint8)
 
@@ -41,7 +42,7 @@ def convolution_sums(
         options: stride, padding, dilation and groups, two numbers each.
     """
     low, high = x.low - zero, x.high - zero
-    geometry = tuple(list(options[name]) for name in ("stride", "padding", "dilation"))
+    geometry = (list(options["stride"]), list(options["padding"]), list(options["dilation"]))
     groups = int(options["groups"])
     kind = kind_of(weight.shape[1] * groups, weight.shape[0], (weight.shape[2], weight.shape[3]), groups)
     if weight.dtype is torch.int8 and x.device.type == "cpu" and kind in exact_kinds():
@@ -57,7 +58,7 @@ def convolution_sums(
 
 
 def _byte_convolution(
-    weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int, geometry: Any, groups: int
+    weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int, geometry: Geometry, groups: int
 ) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
     """Takes uint8 codes and their zero point."""
     slices = _channel_slices(weight, bias, low, high, groups)
@@ -105,19 +106,22 @@ def _channel_slices(
     return slices
 
 
-def _two_byte_convolution(weight: torch.Tensor, bias: torch.Tensor | None, geometry: Any, groups: int) -> Sums | None:
+def _two_byte_convolution(
+    weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, groups: int
+) -> Sums | None:
     """int16 codes as 256 h + l: `l` is a byte with zero point 0, `h` is signed."""
     lower = _byte_convolution(weight, bias, 0, quint8.qmax, geometry, groups)
     upper = _byte_convolution(weight, None, qint8.qmin, qint8.qmax, geometry, groups)
     bound = product_bound(weight, -(1 << 15), (1 << 15) - 1, bias)
-    if lower is None or upper is None or bound > qint32.qmax:
+    if lower is None or upper is None:
         return None
+    wide = torch.int32 if bound <= qint32.qmax else torch.float64
 
     def sums(values: torch.Tensor) -> torch.Tensor:
         low_byte, high_byte = _bytes_of(channels_last(values).permute(0, 2, 3, 1))
-        total = lower(low_byte.permute(0, 3, 1, 2), 0).to(torch.int32)
+        total = lower(low_byte.permute(0, 3, 1, 2), 0).to(wide)
         scaled = upper((high_byte ^ -qint8.qmin).permute(0, 3, 1, 2), -qint8.qmin)
-        return total.add_(scaled.to(torch.int32), alpha=1 << _BYTE)
+        return total.add_(scaled.to(wide), alpha=1 << _BYTE)
 
     return sums
 
@@ -134,7 +138,7 @@ def _carried_convolution(
     low: int,
     high: int,
     zero: int,
-    geometry: Any,
+    geometry: Geometry,
     groups: int,
     device: torch.device,
 ) -> Sums:
@@ -146,7 +150,7 @@ def _carried_convolution(
         codes = channels_last(values).to(wide)
         if zero:
             codes -= zero
-        with torch.backends.nnpack.flags(enabled=False):  # type: ignore[no-untyped-call]  # its Winograd is not exact
+        with torch.backends.nnpack.flags(enabled=False):  # its Winograd is not exact
             return channels_last(F.conv2d(codes, held, addend, *geometry, groups))
 
     return sums
@@ -220,7 +224,18 @@ def matrix_of(x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero:
 
 
 def linear_sums(x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int) -> Sums:
-    """Sums of `x` `[rows, in]` and `weight` `[out, in]` carried in floats: float32 or float64 `[rows, out]`."""
+    """Sums of `x` `[rows, in]` and `weight` `[out, in]` beyond 32 bits, or carried in floats: float32 or float64."""
+    by_bytes = matrices_multiply(x.device, weight.shape[1]) and weight.dtype is torch.int8
+    if x.dtype is torch.int16 and by_bytes and not zero and product_bound(weight, 0, quint8.qmax) <= qint32.qmax:
+        packed, addend = weight.contiguous().t(), None if bias is None else bias.double()
+
+        def from_bytes(values: torch.Tensor) -> torch.Tensor:
+            low_byte, high_byte = _bytes_of(values.contiguous())
+            total = torch._int_mm(low_byte, packed).double()
+            total.add_(torch._int_mm(high_byte.view(torch.int8), packed).double(), alpha=1 << _BYTE)
+            return total if addend is None else total.add_(addend)
+
+        return from_bytes
     wide = carrier(weight, bias, x.low - zero, x.high - zero, x.device)
     held, offset = weight.to(wide), None if bias is None else bias.to(wide)
 
