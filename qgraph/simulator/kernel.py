@@ -4,7 +4,7 @@
     PreparedKernel(prepare)                                 prepare(KernelCall) -> run(*computed operands, trace=None)
 
 Preparation sees the constants, the options and what is known of the computed operands. It packs weights, chooses among
-ways to compute and proves the chosen one exact for every input there can be; it raises `NoFastForm` where there is none.
+ways to compute and proves the chosen one exact for every input there can be, or raises `NoFastForm`.
 """
 
 from __future__ import annotations

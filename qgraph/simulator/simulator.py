@@ -6,8 +6,8 @@
     run.values["layer1.conv"], run.report()
 
 `(operator, target) -> kernel` is looked up before the first run, so that a missing kernel is an error with the list of
-those that exist, not a surprise in the middle. The set `fast` computes the same bits as `reference`; where it has no form
-for a call it runs the reference kernel, and `Simulator.fallbacks` says so.
+those that exist, not a surprise in the middle. The set `fast` computes the same bits as `reference`; where it has no
+form for a call it runs the reference kernel, and `Simulator.fallbacks` says so.
 """
 
 from __future__ import annotations

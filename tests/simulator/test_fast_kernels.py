@@ -1,4 +1,4 @@
-"""Fast kernels compute the bits and counts of the reference kernels: with numba, without it, and without 8-bit kernels."""
+"""Fast kernels compute the bits and counts of the reference kernels: with numba, without it, without 8-bit kernels."""
 
 from __future__ import annotations
 

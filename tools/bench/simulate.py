@@ -74,18 +74,8 @@ def _table(measured: list[dict[str, Any]], numba: bool) -> str:
         reach = row["with"] if numba else row["without"]
         good = row["fast"] >= reach and row["recorded"] <= RECORDED
         peers = [f"{row[peer]:.2f}" if row.get(peer) else "-" for peer in ("fx", "ort")]
-        rows.append(
-            (
-                row["model"],
-                row["batch"],
-                row["variant"],
-                f"{row['fast']:.2f}",
-                reach or "-",
-                f"{row['recorded']:.2f}",
-                *peers,
-            )
-            + ("ok" if good else "MISSED",)
-        )
+        ours = (f"{row['fast']:.2f}", reach or "-", f"{row['recorded']:.2f}")
+        rows.append((row["model"], row["batch"], row["variant"], *ours, *peers, "ok" if good else "MISSED"))
     return table(headers, rows)
 
 
@@ -114,8 +104,8 @@ def measure_all(threads: int, rounds: int, picked: tuple[str, ...]) -> list[dict
 
 
 def _interleaved(candidates: dict[str, Callable[[], object]], rounds: int, threads: int) -> dict[str, list[float]]:
-    """CPU seconds of one thread, wall seconds of several; the best of three runs per round."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    """CPU seconds on one thread, wall seconds of several; the best of three runs per round."""
+    clock = time.process_time if threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.no_grad():
         for number in range(rounds + 1):
@@ -164,7 +154,7 @@ def _torch_ao(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], object]:
 def _onnxruntime(model: torch.nn.Module, x: torch.Tensor, threads: int) -> Callable[[], object]:
     import numpy as np
     import onnxruntime as ort
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Data(CalibrationDataReader):
         def __init__(self) -> None:
@@ -176,7 +166,8 @@ def _onnxruntime(model: torch.nn.Module, x: torch.Tensor, threads: int) -> Calla
     with tempfile.TemporaryDirectory() as folder:
         source, result = str(Path(folder) / "float.onnx"), str(Path(folder) / "int8.onnx")
         torch.onnx.export(model, (x,), source, input_names=["x"], dynamo=False)
-        quantize_static(source, result, Data(), quant_format=QuantFormat.QOperator, per_channel=True)
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(source, result, Data(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         session = ort.InferenceSession(result, options, providers=["CPUExecutionProvider"])

@@ -1,8 +1,8 @@
 """Rescaling loops compiled by numba, one pass over memory each; the optional extra `fast`.
 
-Arrays are `[rows, columns]`, factors `[columns]`. `start` is added to the first operand: a bias, or minus a zero point. A
-second operand may have one row or one column. `low` and `high` bound what is rounded, before `zero` is added. Integer loops
-work in 64 bits and know every rounding as one formula,
+Arrays are `[rows, columns]`, factors `[columns]`. `start` is added to the first operand: a bias, or minus a zero point.
+A second operand may have one row or one column. `low` and `high` bound what is rounded, before `zero` is added. Integer
+loops work in 64 bits and know every rounding as one formula,
 
     (v + add + ((v >> shift) & even) + ((v >> 63) & away)) >> shift          rounding = [shift, add, even, away]
 
@@ -12,7 +12,7 @@ work in 64 bits and know every rounding as one formula,
 with `half = 2**(shift - 1)`; shift 0 rounds nothing. Float loops round half to even.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return, unreachable"
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ from numba.extending import intrinsic
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The loop, compiled at its first call and kept on disk where a folder can be written."""
     try:
-        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # there is no folder for the cache
-        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True)(function)
 
 
 @_compiled
@@ -55,16 +55,16 @@ def _fused(context, x, y, z):
 def scale_fused(a, start, m, low, high, zero, out):
     """The exact product `(a + start) * m` of two float32 numbers, rounded once, half to even.
 
-    Rounding the product to float32 first can only move it onto a tie, never across one, because ties are float32 numbers.
-    The error of that rounding is a float32 number too; its sign says on which side of the tie the product was. `a`, `start`
-    and their sum are whole numbers within 2**24.
+    Rounding the product to float32 first can only move it onto a tie, never across one, because ties are float32
+    numbers. The error of that rounding is a float32 number too; its sign says on which side of the tie the product was.
+    `a`, `start` and their sum are whole numbers within 2**24.
     """
     half, nothing = np.float32(0.5), np.float32(0)
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
             x = np.float32(a[i, j]) + start[j]
             t = x * m[j]
-            error = _fused(x, m[j], -t)
+            error = _fused(x, m[j], -t)  # type: ignore[call-arg, var-annotated]
             r = np.rint(t)
             d = t - r
             r += d + d if (abs(d) == half) & (error * d > nothing) else nothing
@@ -152,7 +152,7 @@ def sum_int(a, ma, b, mb, offset, rounding, low, high, zero, out):
 
 @_compiled
 def mul_f32(a, a_zero, b, b_zero, m, low, high, zero, out):
-    """`rint(fl(float32((a - a_zero) * (b - b_zero)) * m))`, the float rule; the product is exact before it is rounded."""
+    """`rint(fl(float32((a - a_zero) * (b - b_zero)) * m))`, the float rule; float64 holds the product."""
     wide = b.shape[1] == a.shape[1]
     for i in range(a.shape[0]):
         k = i if b.shape[0] > 1 else 0

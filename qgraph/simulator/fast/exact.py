@@ -21,8 +21,8 @@ def largest(values: torch.Tensor | None) -> int:
 def product_bound(weight: torch.Tensor, low: int, high: int, bias: torch.Tensor | None = None) -> int:
     """Bound of every partial sum of `sum(x * w) + bias`, in any order, for `x` between `low` and `high` or 0.
 
-    With P the sum of a row's positive weights and Q that of its negative ones' magnitudes, the positive products add up to
-    at most `high * P - low * Q`, the negative ones to `high * Q - low * P`.
+    With P the sum of a row's positive weights and Q that of its negative ones' magnitudes, the positive products add up
+    to at most `high * P - low * Q`, the negative ones to `high * Q - low * P`.
 
     Args:
         weight: integers `[out, ...]`.
@@ -40,9 +40,9 @@ def product_bound(weight: torch.Tensor, low: int, high: int, bias: torch.Tensor 
 def exact_in_double(bound: int, multiplier: torch.Tensor, shift: torch.Tensor, bits: int) -> bool:
     """Whether `rint(v * 2**-shift)`, `v = x * multiplier` in float64, is right for all integers `abs(x) <= bound`.
 
-    It is if `v` has 53 bits. A 54th bit is lost only by odd `v`, which then moves by 1: that matters only where it moves
-    onto a tie, so that `v = 2**(shift - 1) +- 1` modulo `2**shift`; for one odd multiplier at most two `x` below the
-    modulus are such, and they are computed.
+    It is if `v` has 53 bits. A 54th bit is lost only by odd `v`, which then moves by 1: that matters only where it
+    moves onto a tie, so that `v = 2**(shift - 1) +- 1` modulo `2**shift`; for one odd multiplier at most two `x` below
+    the modulus are such, and they are computed.
 
     Args:
         bits: bits of the result's format; what lies beyond saturates either way.

@@ -93,7 +93,6 @@ class Finish:
         general = self.engine is None and (even or self.rule.form is not ScaleForm.FLOAT)
         self.compiles = on_cpu and general and loops() is not None
         self.loops: dict[tuple[int, bool], Loop] = {}
-        self.float_factors: dict[torch.device, list[torch.Tensor]] = {}
 
     def _rule(
         self, rule: Rule, shift: torch.Tensor | None
@@ -101,10 +100,12 @@ class Finish:
         """The rule in a general form, with its shift, or the engine's own, to be applied as it is defined."""
         if isinstance(rule, RequantizeRule):
             return rule, shift, None
-        same = (
-            None if self.is_sum or self.real_bias is not None else general_form(rule, self.terms[0], shift, self.zero)
-        )
-        return (*same, None) if same is not None else (_FLOAT, shift, rule)
+        if isinstance(rule, EngineSum):
+            raise NoFastForm(f"{rule} rescales sums of two terms only")
+        same = None
+        if not self.is_sum and self.real_bias is None:
+            same = general_form(rule, self.terms[0], shift, self.zero)
+        return (_FLOAT, shift, rule) if same is None else (*same, None)
 
     def _way(self) -> str:
         if self.engine is not None:
@@ -281,7 +282,7 @@ class Finish:
 def general_form(
     rule: EngineRule, term: Term, shift: torch.Tensor | None, zero: int
 ) -> tuple[RequantizeRule, torch.Tensor | None] | None:
-    """A general rule and its shift that compute what an engine's word does for every sum within the bound, if there are."""
+    """A general rule and its shift that compute what an engine's word does for every sum within the bound."""
     if shift is None:
         plain = rule.name == "fbgemm" or (rule.name == "mlas_mul" and zero == 0)
         # Within 32 bits their conversion to integers is exact.

@@ -1,8 +1,8 @@
 """What this machine computes exactly in 8 bits, found out by computing extremes.
 
-CPUs without 8-bit dot products (VNNI and its kin) add pairs of products in 16 bits, which saturate: oneDNN and `_int_mm`
-then return wrong sums without a word. One call per kind of kernel with the largest codes shows it. What fails is carried in
-floats instead, which is exact under the bounds that every kernel checks.
+CPUs without 8-bit dot products (VNNI and its kin) add pairs of products in 16 bits, which saturate: oneDNN and
+`_int_mm` then return wrong sums without a word. One call per kind of kernel with the largest codes shows it. What fails
+is carried in floats instead, which is exact under the bounds that every kernel checks.
 
 `QGRAPH_INT8=0` in the environment says that nothing passes, `QGRAPH_NUMBA=0` that numba is not there.
 """

@@ -188,7 +188,7 @@ class Matrix:
         return multiplied(x, self.packed, scratch(rows * columns).view(rows, columns))
 
     def tiles(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Sums of `x` `[rows, in]` (int8, uint8 or int16, contiguous), some rows at a time, in memory that is used again."""
+        """Sums of contiguous `x` `[rows, in]`, some rows at a time, in memory that is used again."""
         columns = self.packed.shape[1]
         height = max(TILE // max(columns, 1), 1)
         for first in range(0, x.shape[0], height):
