@@ -18,6 +18,7 @@ import torch
 
 from qgraph.numerics import (
     Arithmetic,
+    EngineSum,
     Factor,
     QType,
     RequantizeRule,
