@@ -199,3 +199,30 @@ def look_up(codes, table, out):
     """`out[i] = table[codes[i]]`, codes read as unsigned."""
     for i in range(codes.shape[0]):
         out[i] = table[codes[i]]
+
+
+@_compiled
+def quantize(x, scale, divides, zero, low, high, out):
+    """`clamp(rint(x * scale) + zero)` of float32 reals, NaN as zero; `divides` says that `x / scale` is meant."""
+    for i in range(x.shape[0]):
+        t = np.rint(x[i] / scale if divides else x[i] * scale)
+        t = (t if t == t else np.float32(0)) + zero
+        out[i] = np.int32(min(max(t, low), high))
+
+
+@_compiled
+def max_pool(x, kernel, stride, padding, dilation, out):
+    """Largest codes of 2-d windows; `x` and `out` are `[N, H, W, C]`, and `out` starts with the lowest code."""
+    for n in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                for a in range(kernel[0]):
+                    row = i * stride[0] - padding[0] + a * dilation[0]
+                    if row < 0 or row >= x.shape[1]:
+                        continue
+                    for b in range(kernel[1]):
+                        column = j * stride[1] - padding[1] + b * dilation[1]
+                        if column < 0 or column >= x.shape[2]:
+                            continue
+                        for c in range(out.shape[3]):
+                            out[n, i, j, c] = max(out[n, i, j, c], x[n, row, column, c])

@@ -188,11 +188,18 @@ def prepare_quantize(call: KernelCall) -> Kernel:
     if not isinstance(scale, torch.Tensor) or scale.dim() or qtype.bits > 16 or rule.rounding is not Rounding.HALF_EVEN:
         raise NoFastForm("only one scale per tensor, rounding to even and results of up to 16 bits are fast")
     factor = scale if rule.divides else 1.0 / scale
-    steps = torch.div if rule.divides else torch.mul
+    steps, single = torch.div if rule.divides else torch.mul, np.float32
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         if trace is not None:
             REFERENCE["quantize"](x, scale, **options, trace=trace)
+        if x.dtype is torch.float32 and x.device.type == "cpu" and loops() is not None:
+            full = dense(x.detach())
+            out = torch.empty(full.numel(), dtype=qtype.storage)
+            bounds = (single(zero), single(qtype.qmin), single(qtype.qmax))
+            loops().quantize(memory(full).numpy(), single(factor), rule.divides, *bounds, out.numpy())
+            codes = shaped_as(out, full)
+            return channels_last(codes) if x.dim() == 4 else codes
         image = channels_last(x) if x.dim() == 4 else x
         scaled = steps(image.to(torch.float32), factor).round_().nan_to_num_(0.0, float("inf"), float("-inf"))
         if zero:

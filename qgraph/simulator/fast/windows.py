@@ -9,7 +9,8 @@ import torch
 from qgraph.numerics import qint32
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE
 from qgraph.simulator.fast.finish import Finish
-from qgraph.simulator.fast.layout import dense, memory, shaped_as
+from qgraph.simulator.fast.layout import channels_last, dense, memory, shaped_as
+from qgraph.simulator.fast.loops import loops
 from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
 from qgraph.simulator.reference.windows import max_pool_size
@@ -20,18 +21,28 @@ def prepare_max_pool(call: KernelCall) -> Kernel:
     """The largest of shifted slices, first down, then across; a max of maxima."""
     options = {name: call.options[name] for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")}
     rank = len(options["kernel_size"])
+    geometry = [tuple(options[name]) for name in ("kernel_size", "stride", "padding", "dilation")]
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         size = max_pool_size(x.shape[-rank:], **options)
+        if rank == 2 and x.dim() == 4 and x.device.type == "cpu" and loops() is not None:
+            return _pooled_by_loop(x, size, *geometry)
         moved = _channels_inside(x, rank)
         lowest = torch.iinfo(x.dtype).min
         result = moved
         for axis in range(rank):
-            geometry = [options[name][axis] for name in ("kernel_size", "stride", "padding", "dilation")]
-            result = _along(result, moved.dim() - rank - 1 + axis, size[axis], geometry, lowest, torch.maximum)
+            along = [values[axis] for values in geometry]
+            result = _along(result, moved.dim() - rank - 1 + axis, size[axis], along, lowest, torch.maximum)
         return _channels_back(result, x, rank)
 
     return run
+
+
+def _pooled_by_loop(x: torch.Tensor, size: list[int], *geometry: tuple[int, ...]) -> torch.Tensor:
+    image = channels_last(x).permute(0, 2, 3, 1).contiguous()
+    out = image.new_full((image.shape[0], *size, image.shape[3]), torch.iinfo(x.dtype).min)
+    loops().max_pool(image.numpy(), *geometry, out.numpy())
+    return out.permute(0, 3, 1, 2)
 
 
 def _channels_inside(x: torch.Tensor, rank: int) -> torch.Tensor:
@@ -94,6 +105,8 @@ def prepare_adaptive_avg_pool(call: KernelCall) -> Kernel:
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         sums = _counted(x, zero, wide)
+        if sizes == [1] * rank:
+            return _ended(finish, sums.sum(dim=list(range(-rank, 0)), keepdim=True, dtype=wide), trace)
         for axis, size in enumerate(sizes):
             dim = x.dim() - rank + axis
             length = x.shape[dim]
