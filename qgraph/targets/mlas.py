@@ -1,7 +1,7 @@
 """Nonlinear functions as onnxruntime computes them on CPUs: float32 polynomials with fused multiply-adds.
 
-Coefficients are those of MLAS, onnxruntime's kernel library (`core/mlas/lib`: `logistic.cpp`, `tanh.cpp`, `compute.cpp`,
-`erf.cpp`); logistic and tanh are Eigen's rational approximations. Every function takes and gives float32 tensors of any
+Coefficients are those of MLAS, onnxruntime's kernel library (`core/mlas/lib`: `logistic.cpp`, `tanh.cpp`,
+`compute.cpp`, `erf.cpp`); logistic and tanh are Eigen's. Every function takes and gives float32 tensors of any
 shape. NaN becomes minus infinity, because onnxruntime quantizes both to the lowest code.
 """
 
