@@ -1,14 +1,14 @@
 """What a translator of one call sees: its operands as names of ONNX values, and ways to add nodes.
 
-A translator is a function `Call -> name`, or `-> list of names` for calls with several results. The same translator serves
-real numbers and, for operators that only move or select, codes: `call.read` gives the one or the other.
+A translator is a function `Call -> name`, or `-> list of names` for calls with several results. The same translator
+serves real numbers and, for operators that only move or select, codes: `call.read` gives the one or the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import fx
@@ -28,12 +28,13 @@ Translator: TypeAlias = "Callable[[Call], Result]"
 FLOAT: dict[str, Translator] = {}
 """Translators on real numbers by operator; those in `MOVES` serve codes too."""
 MOVES: set[str] = set()
+_Translator = TypeVar("_Translator", bound="Callable[[Call], str | list[str]]")
 
 
-def translates(*names: str, moves: bool = False) -> Callable[[Translator], Translator]:
+def translates(*names: str, moves: bool = False) -> Callable[[_Translator], _Translator]:
     """Registers a translator for operators."""
 
-    def register(function: Translator) -> Translator:
+    def register(function: _Translator) -> _Translator:
         FLOAT.update(dict.fromkeys(names, function))
         MOVES.update(names if moves else ())
         return function

@@ -101,7 +101,8 @@ def index(call: Call) -> str:
         entries[place : place + 1] = [slice(None)] * (call.rank() - read)
     name, axis = call.read("input"), 0
     sliced: list[tuple[int, slice]] = []
-    picked, added = [], []
+    picked: list[tuple[int, int]] = []
+    added: list[int] = []
     for entry in entries:
         if entry is None:
             added.append(axis - len(picked) + len(added))

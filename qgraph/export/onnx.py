@@ -53,8 +53,8 @@ def export_onnx(
         dynamic_batch: whether dimension 0 of the inputs is free; if None, where the graph serves any batch.
 
     Returns:
-        The path. `<site>.codes` are the codes of a site, `<site>` its real values; the metadata entry `qgraph.sites` maps
-        sites to their codes.
+        The path. `<site>.codes` are the codes of a site, `<site>` its real values; the metadata entry `qgraph.sites`
+        maps sites to their codes.
 
     Raises:
         UserError: the package onnx is absent, an operator has no ONNX form, an option is wrong, or the file cannot be

@@ -75,14 +75,16 @@ def _bounded(call: Call, module: Any, result: QParams, name: str) -> str:
     if limits is None:
         return name
     storage = result.qtype.storage
-    bounds = [call.constant(role, torch.tensor(limit, dtype=storage)) for role, limit in zip(("low", "high"), limits)]
-    return call.emit("Clip", name, *bounds)
+    low, high = (torch.tensor(limit, dtype=storage) for limit in limits)
+    return call.emit("Clip", name, call.constant("low", low), call.constant("high", high))
 
 
 def _matmul(call: Call, result: QParams) -> str | None:
     """QLinearMatMul."""
     operands = _coded_operands(call, ("input", "other"), result)
-    return operands and call.emit("QLinearMatMul", *operands, *call.walk.parameters(call.site, result))
+    if operands is None:
+        return None
+    return call.emit("QLinearMatMul", *operands, *call.walk.parameters(call.site, result))
 
 
 def _pair(kind: str) -> QuantizedTranslator:
@@ -90,7 +92,9 @@ def _pair(kind: str) -> QuantizedTranslator:
         if call.bound.values.get("alpha", 1) != 1:
             return None
         operands = _coded_operands(call, ("input", "other"), result)
-        return operands and call.emit(kind, *operands, *call.walk.parameters(call.site, result), domain=MICROSOFT)
+        if operands is None:
+            return None
+        return call.emit(kind, *operands, *call.walk.parameters(call.site, result), domain=MICROSOFT)
 
     return translate
 
@@ -98,9 +102,10 @@ def _pair(kind: str) -> QuantizedTranslator:
 def _one(kind: str, **renamed: str) -> QuantizedTranslator:
     def translate(call: Call, result: QParams) -> str | None:
         operands = _coded_operands(call, ("input",), result)
-        attributes = {attribute: float(call.option(option)) for attribute, option in renamed.items()}
-        parameters = call.walk.parameters(call.site, result)
-        return operands and call.emit(kind, *operands, *parameters, domain=MICROSOFT, **attributes)
+        if operands is None:
+            return None
+        attributes: dict[str, Any] = {name: float(call.option(option)) for name, option in renamed.items()}
+        return call.emit(kind, *operands, *call.walk.parameters(call.site, result), domain=MICROSOFT, **attributes)
 
     return translate
 

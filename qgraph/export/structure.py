@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 from qgraph.export.call import Call, translates
 
-_ARITHMETIC = {
+_ARITHMETIC: dict[Any, str] = {
     operator.add: "Add",
     operator.sub: "Sub",
     operator.mul: "Mul",
