@@ -171,8 +171,9 @@ class Walk:
         if call.then is not None:
             result = call.then(result)
         name = self._renamed(result, f"{site}.codes" if are_codes else site)
-        if are_codes:
+        if are_codes and qparams is not None:
             self.sites[site] = name
+            self.writer.describe(name, qparams.qtype.storage, self._named(self.dims_of(node)))
         number = not isinstance(info(node).value, TensorSpec)
         if number and info(node).op.kind is not OpKind.STRUCTURE:
             raise InternalError("the shape of a value is not known", where=where(node))

@@ -51,6 +51,7 @@ class OnnxWriter:
         self.nodes: list[Any] = []
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
+        self.described: list[Any] = []
         self.initializers: dict[str, tuple[torch.Tensor, Any]] = {}
         self.uses_microsoft = False
         self._names: set[str] = set()
@@ -110,6 +111,10 @@ class OnnxWriter:
         """Makes the value `name` a graph output."""
         self.outputs.append(self.helper.make_tensor_value_info(name, self.element_type(dtype), list(dims)))
 
+    def describe(self, name: str, dtype: torch.dtype, dims: Dims) -> None:
+        """States type and sizes of a value between, which onnx cannot infer behind operators that are not its own."""
+        self.described.append(self.helper.make_tensor_value_info(name, self.element_type(dtype), list(dims)))
+
     def element_type(self, dtype: torch.dtype) -> int:
         """ONNX's number of a dtype.
 
@@ -137,7 +142,7 @@ class OnnxWriter:
             InternalError: onnx finds it malformed.
         """
         tensors = [proto for _, proto in self.initializers.values()]
-        graph = self.helper.make_graph(self.nodes, name, self.inputs, self.outputs, tensors)
+        graph = self.helper.make_graph(self.nodes, name, self.inputs, self.outputs, tensors, value_info=self.described)
         main = self.helper.make_opsetid(MAIN, self.opset)
         opsets = [main, self.helper.make_opsetid(MICROSOFT, 1)] if self.uses_microsoft else [main]
         ir_version = self.helper.find_min_ir_version_for([main])

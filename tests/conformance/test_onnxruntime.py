@@ -1,0 +1,118 @@
+"""Integer graphs for the target onnxruntime compute onnxruntime's codes at every site: no element differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qgraph
+from qgraph.quantization import freeze
+from tests.conformance import engine_onnxruntime as engine
+from tests.export.nets import Mixed, Sequence, prepared, real_inputs, seek_ties
+
+pytestmark = pytest.mark.skipif(engine.available() is not None, reason=str(engine.available()))
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+IMAGE, ROWS = (2, 6, 9, 7), (3, 12)
+CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Conv2d(6, 5, 3),
+    "strides": lambda: nn.Conv2d(6, 4, (3, 2), (2, 1), (1, 0), bias=False),
+    "dilated": lambda: nn.Conv2d(6, 4, 3, padding=2, dilation=2),
+    "groups": lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3),
+    "depthwise": lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6),
+    "relu": lambda: nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU()),
+    "relu6": lambda: nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU6()),
+    "1d": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(6, 5, 4, 3, 2), nn.ReLU()),
+}
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda x: x[:, :3] + x[:, 3:],
+    "sum_broadcast": lambda x: x + x[:, :1, :1],
+    "sum_broadcast_first": lambda x: x[..., :1] + x,
+    "sum_number": lambda x: x + 0.3,
+    "number_minus": lambda x: torch.sigmoid(x) * 3 + x,
+    "product": lambda x: x[:, :3] * x[:, 3:],
+    "product_channels": lambda x: x * x.mean((2, 3), keepdim=True),
+    "product_number": lambda x: x * -1.7,
+    "cat": lambda x: torch.cat([x, F.relu(x), torch.tanh(x)], 2),
+    "stack": lambda x: torch.stack([x, torch.exp(-0.1 * x)], 1),
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "exp": torch.exp,
+    "reciprocal": torch.reciprocal,
+    "rsqrt": lambda x: torch.rsqrt(x.abs() + 0.1) if False else torch.rsqrt(F.relu(x) + 0.1),
+    "relu_alone": lambda x: F.relu(torch.tanh(x)),
+    "relu6_alone": lambda x: F.relu6(x * 2),
+    "clamp": lambda x: x.clamp(-0.7, 1.1),
+    "max_pool": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "max_pool_ceil": lambda x: F.max_pool2d(x, (2, 3), 2, ceil_mode=True),
+    "max_pool1d": lambda x: F.max_pool1d(x.flatten(2), 3, 2),
+    "mean": lambda x: x.mean((2, 3)),
+    "global_pool": lambda x: F.adaptive_avg_pool2d(x, 1),
+    "whole_window": lambda x: F.avg_pool2d(x, (9, 7)),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 3)),
+    "pad_number": lambda x: F.pad(x, (1, 2), value=0.4),
+    "moves": lambda x: x.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1).expand(-1, 2, -1, -1)[:, :, 3:, ::2],
+    "parts": lambda x: sum(x.split([1, 2, 3], 1)[1:2]) * 2.0,
+    "select": lambda x: x.select(2, 1).narrow(1, 2, 3).squeeze(),
+}
+
+
+def compare(model: nn.Module, example: torch.Tensor, seed: int, kernels: str = "reference") -> int:
+    """Checks every site; the number of elements compared."""
+    torch.manual_seed(seed)
+    gm = prepared(model, example, qconfig=[None, qgraph.QConfig(output=qgraph.qint8)][0])
+    if seed % 3:
+        seek_ties(gm)
+    x = real_inputs(gm, tuple(example.shape)) if seed % 3 else example * 1.5
+    ours = qgraph.Simulator(qgraph.convert(gm), kernels=kernels).run(x, record=True).values
+    theirs = engine.run(freeze(gm), (x,), optimized=bool(seed % 2))
+    assert theirs
+    for site, codes in theirs.items():
+        wrong = int((ours[site] != codes).sum())
+        assert wrong == 0, f"{site}: {wrong} of {codes.numel()} differ"
+    return sum(codes.numel() for codes in theirs.values())
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name: str, seed: int) -> None:
+    compare(CONVOLUTIONS[name](), torch.randn(IMAGE), seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str, seed: int) -> None:
+    compare(Call(FUNCTIONS[name]), torch.randn(IMAGE), seed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias: bool, seed: int) -> None:
+    compare(nn.Sequential(nn.Linear(12, 7, bias=bias), nn.ReLU(), nn.Linear(7, 300)), torch.randn(ROWS), seed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_networks(seed: int) -> None:
+    compare(Mixed(), torch.randn(2, 3, 12, 10), seed)
+    compare(Sequence(), torch.randn(2, 6, 12), seed)

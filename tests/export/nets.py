@@ -1,0 +1,113 @@
+"""Small networks, and scales that seek ties, for tests of export."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import qgraph
+from qgraph.numerics import QParams, QType, Scheme
+from qgraph.quantization.fake_quantize import FakeQuantize, WeightFakeQuantize
+from qgraph.quantization.observers import Observer
+
+
+class Mixed(nn.Module):
+    """Residual sum, concatenation, pools, functions, an affine head: everything between codes."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        self.depth = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.ReLU6())
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.act = nn.LeakyReLU(0.1)
+        self.fc = nn.Linear(2 * channels, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = F.relu(self.depth(x) + x)
+        y = self.pool(torch.cat([self.act(y), torch.sigmoid(y)], 1))
+        y = y * torch.tanh(y)
+        result: torch.Tensor = self.fc(y.mean((2, 3)))
+        return result
+
+
+class Sequence(nn.Module):
+    """Linears on three dimensions, products of two values, moves, functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 12, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.a(x).reshape(x.shape[0], x.shape[1], 4, 4).transpose(1, 2)
+        scores = heads @ heads.transpose(-1, -2)
+        mixed = (F.hardsigmoid(scores) @ heads).transpose(1, 2).flatten(2)
+        parts = self.b(F.gelu(mixed)).chunk(2, -1)
+        result: torch.Tensor = torch.stack([parts[0] * 0.5, parts[1] + 1.5], 1)[:, :, 1:]
+        return result
+
+
+class _Given(Observer):
+    def __init__(self, known: QParams) -> None:
+        super().__init__(-1 if known.axis is None else known.axis)
+        self.known = known
+
+    @property
+    def observed(self) -> bool:
+        return True
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def qparams(self, qtype: QType, scheme: Scheme) -> QParams:
+        return self.known
+
+
+def prepared(
+    model: nn.Module, example: torch.Tensor, *, target: str = "onnxruntime", qconfig: object = None
+) -> fx.GraphModule:
+    """A prepared graph calibrated on its example."""
+    settle(model)
+    gm = qgraph.prepare(model.eval(), (example,), qconfig, target=target)
+    qgraph.calibrate(gm, [(example,)], progress=False)
+    return gm
+
+
+def settle(model: nn.Module) -> None:
+    """Statistics of batch norms that are not the trivial ones."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+
+
+def seek_ties(gm: fx.GraphModule, *, powers: bool = False) -> None:
+    """Gives every site a scale near the calibrated one with few bits, so that sums and products land on ties.
+
+    Args:
+        powers: only powers of two, with which float32 sums of products are exact.
+    """
+    for module in gm.modules():
+        if not isinstance(module, FakeQuantize) or module.observer is None:
+            continue
+        if isinstance(module, WeightFakeQuantize):
+            parent = next(owner for owner in gm.modules() if getattr(owner, "weight_fake_quant", None) is module)
+            module.observer(parent.weight)
+        known = module.observer.qparams(module.qtype, module.scheme)
+        scale = 2.0 ** torch.round(torch.log2(known.scale))
+        if not powers:
+            scale = scale * torch.randint(4, 9, scale.shape) / 4
+        module.observer = _Given(QParams(scale, module.qtype, known.zero_point, known.axis))
+
+
+def real_inputs(gm: fx.GraphModule, shape: tuple[int, ...]) -> torch.Tensor:
+    """Inputs at halves and quarters of the input's steps, beyond its range too."""
+    stub = next(node for node in gm.graph.nodes if qgraph.info(node).op.name == "quant_stub")
+    site = gm.get_submodule(str(next(iter(stub.users)).target))
+    assert isinstance(site, FakeQuantize)
+    scale = site.qparams().scale if site.has_scale else torch.tensor(0.03)
+    return torch.randint(-600, 600, shape) / 4 * scale
