@@ -68,7 +68,7 @@ class _Given(Observer):
 
 
 def prepared(
-    model: nn.Module, example: torch.Tensor, *, target: str = "onnxruntime", qconfig: object = None
+    model: nn.Module, example: torch.Tensor, *, target: str | qgraph.Target = "onnxruntime", qconfig: object = None
 ) -> fx.GraphModule:
     """A prepared graph calibrated on its example."""
     settle(model)
