@@ -22,6 +22,7 @@ from qgraph.export.writer import OnnxWriter, onnx_package, save_atomically
 from qgraph.ir.evaluate import bind_inputs, evaluate
 from qgraph.ir.node_info import graph_info, info, module_of
 from qgraph.ir.op_table import GUARD
+from qgraph.ir.stage import Stage
 from qgraph.ir.values import TensorSpec, ValueSpec, spec_of
 from qgraph.quantization import freeze
 from qgraph.targets import target_of
@@ -92,7 +93,9 @@ def _checked(path: str | Path, opset: int, form: str) -> Path:
 
 
 def _is_frozen(gm: Any) -> bool:
-    return isinstance(gm, fx.GraphModule) and "frozen" in graph_info(gm).properties
+    if not isinstance(gm, fx.GraphModule):
+        return False
+    return graph_info(gm).stage is Stage.PREPARED and "frozen" in graph_info(gm).properties
 
 
 def _sizes(gm: fx.GraphModule, dynamic: bool | None) -> dict[fx.Node, Any]:

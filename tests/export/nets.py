@@ -85,11 +85,12 @@ def settle(model: nn.Module) -> None:
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
 
 
-def seek_ties(gm: fx.GraphModule, *, powers: bool = False) -> None:
+def seek_ties(gm: fx.GraphModule, *, powers: bool = False, parity: int | None = None) -> None:
     """Gives every site a scale near the calibrated one with few bits, so that sums and products land on ties.
 
     Args:
-        powers: only powers of two, with which float32 sums of products are exact.
+        powers: only powers of two, with which float32 sums are exact.
+        parity: 0 for even zero points, 1 for odd ones.
     """
     for module in gm.modules():
         if not isinstance(module, FakeQuantize) or module.observer is None:
@@ -101,7 +102,30 @@ def seek_ties(gm: fx.GraphModule, *, powers: bool = False) -> None:
         scale = 2.0 ** torch.round(torch.log2(known.scale))
         if not powers:
             scale = scale * torch.randint(4, 9, scale.shape) / 4
-        module.observer = _Given(QParams(scale, module.qtype, known.zero_point, known.axis))
+        zero = known.zero_point
+        if parity is not None and zero is not None:
+            zero = zero // 2 * 2 + parity
+        module.observer = _Given(QParams(scale, module.qtype, zero, known.axis))
+
+
+def on_ties(gm: fx.GraphModule) -> None:
+    """Gives the only product a result whose scale is its accumulator's step times a power of two."""
+    weight = next(module for module in gm.modules() if isinstance(module, WeightFakeQuantize))
+    source, *_, result = (
+        m for m in gm.modules() if isinstance(m, FakeQuantize) and not isinstance(m, WeightFakeQuantize)
+    )
+    assert weight.observer is not None
+    assert source.observer is not None
+    assert result.observer is not None
+    parent = next(owner for owner in gm.modules() if getattr(owner, "weight_fake_quant", None) is weight)
+    weight.observer(parent.weight)
+    known = weight.observer.qparams(weight.qtype, weight.scheme)
+    known = QParams(known.scale.max().expand_as(known.scale).clone(), weight.qtype, axis=known.axis)
+    weight.observer = _Given(known)
+    given, wanted = (m.observer.qparams(m.qtype, m.scheme) for m in (source, result))  # type: ignore[union-attr]
+    step = given.scale * known.scale[0]
+    scale = step * 2.0 ** torch.round(torch.log2(wanted.scale / step))
+    result.observer = _Given(QParams(scale, result.qtype, wanted.zero_point))
 
 
 def real_inputs(gm: fx.GraphModule, shape: tuple[int, ...]) -> torch.Tensor:
