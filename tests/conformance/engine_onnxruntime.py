@@ -1,7 +1,7 @@
 """A frozen graph on onnxruntime's CPU kernels: the engine of the target onnxruntime.
 
-The graph goes through `export_onnx`, so that the exporter is checked as well. In the form "qoperator" onnxruntime computes
-what the file says at every optimization level; every site's codes are made an output.
+The graph goes through `export_onnx`, so that the exporter is checked as well. In the form "qoperator" onnxruntime
+computes what the file says at every optimization level; every site's codes are made an output.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def run(
         frozen: what `freeze` returned, for the target onnxruntime.
         inputs: the model's inputs.
         form: form of the ONNX file.
-        optimized: whether onnxruntime may change the graph. In the form "qdq" outputs at every site keep it from doing so.
+        optimized: whether onnxruntime may change the graph; in the form "qdq" outputs at every site keep it from
+            doing so.
     """
     import onnx
 

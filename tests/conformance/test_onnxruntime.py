@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import qgraph
 from qgraph import info
 from qgraph.quantization import freeze
 from qgraph.simulator import KERNEL_SETS
 from tests.conformance import engine_onnxruntime as engine
-from tests.export.nets import Mixed, Sequence, prepared, real_inputs, seek_ties
+from tests.export.nets import Mixed, Sequence, on_ties, prepared, real_inputs, seek_ties
 
 pytestmark = pytest.mark.skipif(engine.available() is not None, reason=str(engine.available()))
 
@@ -88,10 +88,14 @@ def compare(model: nn.Module, example: torch.Tensor, seed: int) -> None:
     torch.manual_seed(seed)
     gm = prepared(model, example, target=SIGNED if seed % 4 >= 2 else UNSIGNED)
     if seed % 3:
-        seek_ties(gm)
+        seek_ties(gm, "few bits" if seed % 3 == 1 else "common")
     x = real_inputs(gm, tuple(example.shape)) if seed % 3 else example * 1.5
+    compare_prepared(gm, x, optimized=bool(seed % 2))
+
+
+def compare_prepared(gm: fx.GraphModule, x: torch.Tensor, *, optimized: bool) -> None:
     frozen, integer = freeze(gm), qgraph.convert(gm)
-    theirs = engine.run(frozen, (x,), optimized=bool(seed % 2))
+    theirs = engine.run(frozen, (x,), optimized=optimized)
     assert theirs.keys() >= {info(node).site for node in frozen.graph.nodes if info(node).plan is not None}
     for kernels in KERNEL_SETS:
         ours = qgraph.Simulator(integer, kernels=kernels).run(x, record=True).values
@@ -116,6 +120,16 @@ def test_functions(name: str, seed: int) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(bias: bool, seed: int) -> None:
     compare(nn.Sequential(nn.Linear(12, 7, bias=bias), nn.ReLU(), nn.Linear(7, 300)), torch.randn(ROWS), seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(6, 8, 3), lambda: nn.Linear(7, 20)], ids=["conv", "linear"])
+def test_products_on_ties(make: Callable[[], nn.Module], seed: int) -> None:
+    """Factors that are powers of two only in float32."""
+    torch.manual_seed(seed)
+    gm = prepared(make(), torch.randn(IMAGE), target=SIGNED if seed % 2 else UNSIGNED)
+    on_ties(gm)
+    compare_prepared(gm, real_inputs(gm, IMAGE), optimized=True)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -85,13 +85,15 @@ def settle(model: nn.Module) -> None:
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
 
 
-def seek_ties(gm: fx.GraphModule, *, powers: bool = False, parity: int | None = None) -> None:
-    """Gives every site a scale near the calibrated one with few bits, so that sums and products land on ties.
+def seek_ties(gm: fx.GraphModule, how: str = "few bits", *, parity: int | None = None) -> None:
+    """Gives every site a scale near the calibrated one, so that sums and products land on ties.
 
     Args:
-        powers: only powers of two, with which float32 sums are exact.
+        how: "few bits"; "powers" of two, with which float32 sums are exact; or "common": of any bits, but ratios of
+            activations and scales of weights are powers of two.
         parity: 0 for even zero points, 1 for odd ones.
     """
+    common = 1 + torch.rand(())
     for module in gm.modules():
         if not isinstance(module, FakeQuantize) or module.observer is None:
             continue
@@ -100,8 +102,10 @@ def seek_ties(gm: fx.GraphModule, *, powers: bool = False, parity: int | None = 
             module.observer(parent.weight)
         known = module.observer.qparams(module.qtype, module.scheme)
         scale = 2.0 ** torch.round(torch.log2(known.scale))
-        if not powers:
+        if how == "few bits":
             scale = scale * torch.randint(4, 9, scale.shape) / 4
+        elif how == "common" and not isinstance(module, WeightFakeQuantize):
+            scale = scale * common
         zero = known.zero_point
         if parity is not None and zero is not None:
             zero = zero // 2 * 2 + parity

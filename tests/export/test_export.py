@@ -128,7 +128,7 @@ def test_sixteen_bits(tmp_path: Path) -> None:
     assert "opset=21" in str(caught.value)
     found = initializers(export_onnx(gm, tmp_path / "net.onnx", opset=21))
     assert found["0.zero_point"].dtype == torch.int16
-    seek_ties(gm, powers=True)  # float32 holds sums of 16 bits too then
+    seek_ties(gm, "powers")  # float32 holds sums of 16 bits too then
     file, x = export_onnx(gm, tmp_path / "exact.onnx"), torch.randn(3, 3, 9, 9)
     ours = qgraph.Simulator(qgraph.convert(gm))(x)
     for optimized in (False, True):

@@ -57,7 +57,7 @@ def test_floats_between_roundings_are_exact_where_scales_are_powers_of_two(
 ) -> None:
     """Optimizations off: every operator runs in float32 between DequantizeLinear and QuantizeLinear."""
     gm, shape = net
-    seek_ties(gm, powers=True, parity=0)
+    seek_ties(gm, "powers", parity=0)
     file = export_onnx(gm, tmp_path / "net.onnx")
     x = torch.randn(2, *shape[1:])
     ours = qgraph.Simulator(qgraph.convert(gm))(x)
@@ -80,7 +80,7 @@ def test_floats_between_roundings_differ_only_next_to_ties(kind: str, tmp_path: 
     if kind == "conv":
         on_ties(gm)
     else:
-        seek_ties(gm, powers=True, parity=1)
+        seek_ties(gm, "powers", parity=1)
     x = real_inputs(gm, (4, 16, 20, 20))
     frozen = freeze(gm)
     file = export_onnx(gm, tmp_path / "net.onnx")
