@@ -1,9 +1,8 @@
-"""Lowering of arithmetic, tables and bounds.
+"""Lowering of arithmetic and bounds.
 
     x + y, x - y    qz = saturate(round(qx * Mx +- qy * My, shift))          Mx ~ sx / sz, My ~ sy / sz
     x * y           qz = saturate(rescale(qx * qy; sx * sy / sz))
     x * w + b       qz = saturate(round(qx * M + B, shift))                  M ~ sx * w / sz, B ~ b / sz
-    f(x)            qz = table[qx]
     relu            qz = max(qx, 0)                                          scale unchanged
     clamp           qz = rescaled qx between the codes of the bounds
 A number as operand is exact: it enters M or B.
@@ -31,7 +30,8 @@ from qgraph.lowering.base import (
     register_lowering,
     sum_rule,
 )
-from qgraph.numerics import EngineSum, QParams, RequantizeRule, ScalarFunction
+from qgraph.lowering.functions import table_call, table_of_call
+from qgraph.numerics import EngineSum, QParams, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -68,7 +68,7 @@ class SumLowering(Lowering):
         operands, signs = [bound.operand("input"), bound.operand("other")], [1.0, sign]
         if not all(isinstance(operand, fx.Node) for operand in operands):
             if ctx.target.functions.rescale:
-                return tabulate_call(node, ctx)
+                return table_of_call(node, ctx)
             number = next(i for i, operand in enumerate(operands) if not isinstance(operand, fx.Node))
             one = torch.tensor(signs[1 - number], dtype=torch.float64)
             shift = torch.tensor(signs[number] * operands[number], dtype=torch.float64)
@@ -126,7 +126,7 @@ class ProductOfValuesLowering(Lowering):
         x, y = bound.operand("input"), bound.operand("other")
         if not isinstance(y, fx.Node):
             if ctx.target.functions.rescale:
-                return tabulate_call(node, ctx)
+                return table_of_call(node, ctx)
             factor = torch.tensor(float(y), dtype=torch.float64)
             factor = 1.0 / factor if info(node).op is DIV else factor
             return lower_affine(node, x, factor, None, ctx)
@@ -151,45 +151,6 @@ class AffineLowering(Lowering):
         return lower_affine(node, bind(node).operand("input"), weight, bias, ctx)
 
 
-class TableLowering(Lowering):
-    """Any function of one value: a table of the target's size."""
-
-    def supports(self, node: fx.Node, target: Target) -> Verdict:
-        if info(node).op.scalar_function is None:
-            return no(f"the op table gives no function for {info(node).op}", node)
-        return yes()
-
-    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        bound = bind(node)
-        function = ctx.target.functions.own.get(bound.op.name, bound.op.scalar_function)
-        assert function is not None
-        options = bound.options()
-        return tabulate(node, bound.operand("input"), lambda values: function(values, **options), ctx)
-
-
-def tabulate(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: LoweringContext) -> fx.Node:
-    """`function(x)` as a table, made as the target makes them."""
-    source = ctx.qparams(x)
-    table = ctx.table(function, source, ctx.qparams(node))
-    return ctx.integer("lookup", x, ctx.tensor(node, "table", table), like=node, source=str(source.qtype))
-
-
-def tabulate_call(node: fx.Node, ctx: LoweringContext) -> fx.Node:
-    """A call with one computed operand and numbers as a table of what torch computes."""
-    bound = bind(node)
-    operands = [bound.operand(name) for name in bound.op.operands]
-    position = next(i for i, operand in enumerate(operands) if isinstance(operand, fx.Node))
-    target: Any = bound.op.target
-
-    def function(values: torch.Tensor) -> torch.Tensor:
-        numbers = [operand if isinstance(operand, fx.Node) else values.new_tensor(operand) for operand in operands]
-        numbers[position] = values
-        result: torch.Tensor = target(*numbers, **bound.options())
-        return result
-
-    return tabulate(node, operands[position], function, ctx)
-
-
 class ReluLowering(Lowering):
     """relu at an unchanged scale: real zero is code zero."""
 
@@ -212,7 +173,7 @@ class ClampLowering(Lowering):
         one = torch.tensor(1.0, dtype=torch.float64)
         low, high = _clamp_limits(node)
         if ctx.target.functions.rescale:
-            return tabulate(node, bind(node).operand("input"), lambda values: values.clamp(low, high), ctx)
+            return table_call(node, bind(node).operand("input"), lambda values: values.clamp(low, high), ctx)
         return lower_affine(node, bind(node).operand("input"), one, None, ctx, low=low, high=high)
 
 
@@ -302,6 +263,5 @@ def _number_or_node(node: fx.Node, operands: list[Any]) -> Verdict:
 register_lowering("add", SumLowering())
 register_lowering("mul", ProductOfValuesLowering())
 register_lowering("affine", AffineLowering())
-register_lowering("table", TableLowering())
 register_lowering("relu", ReluLowering())
 register_lowering("clamp", ClampLowering())

@@ -129,8 +129,13 @@ def leaky_relu(values: torch.Tensor, negative_slope: float = 0.01) -> torch.Tens
     return torch.where(values >= 0.0, values, values * negative_slope)
 
 
+def sqrt(values: torch.Tensor) -> torch.Tensor:
+    """Sqrt, rounded correctly (torch.sqrt in float32 is not, on every CPU)."""
+    return values.double().sqrt().float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
 def rsqrt(values: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
-    """Add, Sqrt and Reciprocal, each rounded correctly (torch.sqrt in float32 is not, on every CPU)."""
+    """Add, Sqrt and Reciprocal, each rounded correctly."""
     root = (values + eps).double().sqrt().float()
     return (1.0 / root).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
@@ -154,5 +159,5 @@ def _polynomial(values: torch.Tensor, coefficients: Sequence[float]) -> torch.Te
 
 FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     function.__name__: function
-    for function in (sigmoid, silu, tanh, exp, gelu, hardsigmoid, hardswish, leaky_relu, rsqrt)
+    for function in (sigmoid, silu, tanh, exp, erf, gelu, hardsigmoid, hardswish, leaky_relu, sqrt, rsqrt)
 }

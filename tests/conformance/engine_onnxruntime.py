@@ -20,8 +20,9 @@ from qgraph.export.walk import Form
 
 SUPPORTED = frozenset(
     {
-        *("conv1d", "conv2d", "conv3d", "linear", "matmul", "add", "mul", "cat", "stack", "quant_stub", "item"),
+        *("conv1d", "conv2d", "conv3d", "linear", "matmul", "add", "sub", "mul", "cat", "stack", "quant_stub", "item"),
         *("sigmoid", "silu", "tanh", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "exp", "reciprocal", "rsqrt"),
+        *("sqrt", "erf", "floor", "ceil", "round", "sign"),
         *("relu", "relu6", "clamp", "max_pool1d", "max_pool2d"),
         *("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean"),
         *("reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "slice"),
