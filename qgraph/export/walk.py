@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from qgraph.errors import InternalError, UserError
-from qgraph.export import elementwise, movement, products, structure, windows  # noqa: F401 - they register translators
+from qgraph.export import elementwise, movement, products, selection, structure, windows  # noqa: F401 - to register
 from qgraph.export.call import FLOAT, MOVES, Call, Result, Value, spec_dtype
 from qgraph.export.quantized import QUANTIZED
 from qgraph.export.writer import Dims, OnnxWriter

@@ -67,7 +67,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "exp": torch.exp,
     "reciprocal": torch.reciprocal,
     "rsqrt": lambda x: torch.rsqrt(F.relu(x) + 0.1),
-    "sqrt": lambda x: torch.sqrt(x * 0.5 + 1),
+    "sqrt": lambda x: torch.sqrt(F.relu(x)),
     "erf": torch.erf,
     "floor": lambda x: torch.floor(x * 3) + torch.ceil(x),
     "round": lambda x: torch.round(x * 2) * torch.sign(x),

@@ -135,6 +135,13 @@ def test_sixteen_bits(tmp_path: Path) -> None:
         assert torch.equal(ours, engine.outputs(str(file), (x,), optimized=optimized)[0])
 
 
+class Indices(nn.Module):
+    """Whole numbers from reals."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmin(1)
+
+
 ISLANDS: dict[str, Callable[[torch.Tensor], Any]] = {
     "layer_norm": nn.LayerNorm(8),
     "layer_norm_plain": nn.LayerNorm((6, 8), elementwise_affine=False),
@@ -176,6 +183,18 @@ ISLANDS: dict[str, Callable[[torch.Tensor], Any]] = {
     "split": lambda x: torch.cat([x.split([1, 3], 1)[1], x.chunk(2, 1)[0], torch.stack(x.unbind(1)[:2], 1)], 1),
     "pad": lambda x: F.pad(x, (1, 2, 0, 1), value=0.5),
     "pad_reflect": lambda x: F.pad(x, (1, 2, 2, 1), mode="reflect") + F.pad(x, (1, 2, 2, 1), mode="replicate"),
+    "compare": lambda x: torch.where(x > 0.5, x, -x) + torch.where(x <= x.flip(1), x, 0.5 * x),
+    "masked_fill": lambda x: x.masked_fill(x != 0, 2.0) + torch.maximum(x, 1 - x) + torch.minimum(x, x * x),
+    "functions": lambda x: torch.log(x + 1) + torch.sqrt(x) + torch.erf(x) + torch.sin(x) + torch.cos(x).abs(),
+    "rounding": lambda x: torch.floor(x * 3) + torch.ceil(x) + torch.round(x * 2) + torch.sign(x - 0.1),
+    "activations": lambda x: F.elu(x - 1) + F.softplus(x) + F.mish(x) + F.selu(x - 1) + F.celu(x - 1, 0.5),
+    "pow": lambda x: (x + 0.5) ** 2 + torch.pow(x + 0.5, 1.7),
+    "prelu": nn.PReLU(4, 0.3),
+    "embedding": nn.Sequential(Indices(), nn.Embedding(4, 5)),
+    "gather": lambda x: x.gather(1, x.argmax(1, keepdim=True)),
+    "cumsum": lambda x: x.cumsum(2).movedim(1, -1),
+    "pixel_shuffle": lambda x: F.pixel_shuffle(x, 2),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x.flip(2), x * 2),
     "several": lambda x: (x * 2, x[:, 0], x),
 }
 
