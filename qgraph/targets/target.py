@@ -44,10 +44,14 @@ class OpRule:
     Args:
         unit: the part of the device that runs it.
         legal: legal combinations of formats.
+        same_scale: whether the result has scale, zero point and format of the first operand.
+        fixed_result: result format to the scale and zero point the device always gives it.
     """
 
     unit: str
     legal: tuple[LegalFormats, ...]
+    same_scale: bool = False
+    fixed_result: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""
