@@ -42,7 +42,7 @@ from qgraph.numerics.requantize import (
     parse_rule,
 )
 from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_shift_right
-from qgraph.numerics.tables import build_table, check_intervals, lookup
+from qgraph.numerics.tables import ScalarFunction, build_table, check_intervals, lookup
 
 __all__ = [
     "RECIPROCAL",
@@ -62,6 +62,7 @@ __all__ = [
     "RequantizeRule",
     "Rounding",
     "Rule",
+    "ScalarFunction",
     "ScaleForm",
     "Scheme",
     "Zeros",

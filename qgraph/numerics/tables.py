@@ -16,25 +16,33 @@ import torch
 from qgraph.errors import UserError
 from qgraph.numerics.formats import QType
 from qgraph.numerics.qparams import QParams
-from qgraph.numerics.quantize import quantize
+from qgraph.numerics.quantize import RECIPROCAL, QuantizeRule, quantize
 from qgraph.numerics.rounding import Rounding, rounding_shift_right
 
 ScalarFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def build_table(
-    function: ScalarFunction, source: QParams, result: QParams, *, entries: int | None = None
+    function: ScalarFunction,
+    source: QParams,
+    result: QParams,
+    *,
+    entries: int | None = None,
+    rule: QuantizeRule = RECIPROCAL,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """The table of an elementwise `function` between two formats.
 
-    The function is evaluated in float64 on the dequantized codes, then quantized. Where it is infinite the
+    The function is evaluated on the dequantized codes, then quantized. Where it is infinite the
     entry saturates; where it is NaN (outside its domain) the entry is code of real zero.
 
     Args:
-        function: maps float64 tensors elementwise.
+        function: maps tensors elementwise.
         source: parameters of the input, one scale per tensor.
         result: parameters of the output, one scale per tensor.
         entries: number of intervals, a power of two; None for one entry per code.
+        rule: how values become codes.
+        dtype: precision in which the function sees the codes' reals.
 
     Returns:
         Integer tensor in the output's storage dtype: `[2**bits]` entries of a full table, or
@@ -50,12 +58,12 @@ def build_table(
         check_intervals(entries, qtype)
     step = 1 if entries is None else (1 << qtype.bits) // entries
     # Interpolation needs the entry at qmax + 1, which is a real number though not a code.
-    codes = torch.arange(qtype.qmin, qtype.qmax + (1 if step == 1 else 2), step, dtype=torch.float64)
+    codes = torch.arange(qtype.qmin, qtype.qmax + (1 if step == 1 else 2), step, dtype=dtype)
     zero_point = source.zero_points().to(codes)
     values = function((codes - zero_point) * source.scale.to(codes))
     limit = torch.finfo(torch.float32).max
     values = torch.nan_to_num(values, nan=0.0, posinf=limit, neginf=-limit)
-    return quantize(values.clamp(-limit, limit), result)
+    return quantize(values.clamp(-limit, limit), result, rule)
 
 
 def check_intervals(intervals: int, source: QType) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
+
+import torch
 
 from qgraph.errors import QGraphError, TargetError, did_you_mean
 from qgraph.ir.op_table import OPS
@@ -19,7 +22,7 @@ from qgraph.numerics import (
     parse_quantize_rule,
     qparams_from_scale,
 )
-from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, Target
+from qgraph.targets.target import FACTORS, Functions, LegalFormats, Memory, OpRule, Target
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,6 +62,7 @@ def parse_target(text: str, *, origin: str) -> Target:
         quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
         factors=_factors(arithmetic, ops),
         tables={name: _intervals(tables, name) for name in tables.data},
+        functions=_functions(table.table("functions"), ops) if "functions" in table.data else Functions(),
         weight_bits=int(sampling.number("weight_bits", whole=True)),
         arithmetic=_steps(arithmetic, ops),
         ops=ops,
@@ -76,6 +80,7 @@ KEYS = (
     "weights",
     "fusion",
     "tables",
+    "functions",
     "sampling",
     "arithmetic",
     "ops",
@@ -217,6 +222,42 @@ def _intervals(table: _Table, name: str) -> int | None:
     return count
 
 
+def _functions(table: _Table, ops: Collection[str]) -> Functions:
+    """How function tables are made."""
+    table.allow({"values", "quantize", "rescale", "module"})
+    precisions = {"float32": torch.float32, "float64": torch.float64}
+    if table.text("values") not in precisions:
+        raise table.wrong("values", " or ".join(precisions))
+    return Functions(
+        values=precisions[table.text("values")],
+        quantize=table.understood(lambda: parse_quantize_rule(table.text("quantize"))),
+        rescale=table.flag("rescale"),
+        own=_own_functions(table, ops) if "module" in table.data else {},
+    )
+
+
+def _own_functions(table: _Table, ops: Collection[str]) -> Mapping[str, Callable[..., torch.Tensor]]:
+    """`FUNCTIONS` of the Python module the file names."""
+    name = table.text("module")
+    try:
+        own = importlib.import_module(name).FUNCTIONS
+    except (ImportError, AttributeError) as error:
+        raise TargetError(
+            f"the functions of {name!r} cannot be read",
+            where=table.origin,
+            why=f"{type(error).__name__}: {error}",
+            fix="name an importable module with a dictionary FUNCTIONS from operator names to functions",
+        ) from error
+    for op in own:
+        if op not in ops:
+            raise TargetError(
+                f"{name} has a function for {op!r}, which the target does not run",
+                where=table.origin,
+                fix=did_you_mean(op, ops),
+            )
+    return dict(own)
+
+
 def _units(table: _Table) -> dict[str, dict[str, float]]:
     return {unit: _rates(table.table(unit)) for unit in table.data}
 
@@ -231,7 +272,7 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal", "same_scale", "fixed_result"})
+        entry.allow({"names", "unit", "legal", "global_only", "same_scale", "fixed_result"})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
@@ -249,9 +290,9 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
 
 def _op_rule(entry: _Table, unit: str) -> OpRule:
     legal = tuple(_legal(line, entry) for line in entry.texts("legal"))
-    same = entry.flag("same_scale") if "same_scale" in entry.data else False
+    same, whole = (name in entry.data and entry.flag(name) for name in ("same_scale", "global_only"))
     if "fixed_result" not in entry.data:
-        return OpRule(unit, legal, same)
+        return OpRule(unit, legal, global_only=whole, same_scale=same)
     if same:
         raise TargetError(
             "a result keeps its operand's scale and has a fixed one",
@@ -264,7 +305,9 @@ def _op_rule(entry: _Table, unit: str) -> OpRule:
             raise TargetError(
                 f"{name!r} is no format of the result", where=fixed.origin, fix=did_you_mean(name, results)
             )
-    return OpRule(unit, legal, fixed_result={name: _scale_and_zero(fixed, name) for name in fixed.data})
+    return OpRule(
+        unit, legal, global_only=whole, fixed_result={name: _scale_and_zero(fixed, name) for name in fixed.data}
+    )
 
 
 def _scale_and_zero(table: _Table, name: str) -> tuple[float, int]:

@@ -7,7 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -46,17 +46,36 @@ class OpRule:
         legal: legal combinations of formats.
         same_scale: whether the result has scale, zero point and format of the first operand.
         fixed_result: result format to the scale and zero point the device always gives it.
+        global_only: an average runs only over all of a channel's positions, with one result each.
     """
 
     unit: str
     legal: tuple[LegalFormats, ...]
     same_scale: bool = False
     fixed_result: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    global_only: bool = False
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""
         given = tuple(operands)
         return any(line.accepts(given, result) for line in self.legal)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """How entries of function tables are made.
+
+    Args:
+        values: precision in which a function sees its input and computes.
+        quantize: how its values become codes; None for the target's general rule.
+        rescale: whether a change of scale, and any other function of one value and numbers, is a table too.
+        own: functions of the engine itself by operator, called as the operator's `scalar_function` is.
+    """
+
+    values: torch.dtype = torch.float64
+    quantize: QuantizeRule | None = None
+    rescale: bool = False
+    own: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,7 @@ class Target:
         quantize_rule: how real numbers become codes.
         factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
         tables: intervals of a function table by input format; None for one entry per code.
+        functions: how entries of function tables are made.
         weight_bits: fractional bits of bilinear interpolation weights.
         arithmetic: named steps and how they accumulate and rescale; `op.step` for a step of one operator.
         ops: operator name to its rule.
@@ -113,6 +133,7 @@ class Target:
     units: Mapping[str, Mapping[str, float]]
     memories: Mapping[str, Memory]
     clock_hz: float
+    functions: Functions = Functions()
     origin: str = field(default="", compare=False)
 
     @property
