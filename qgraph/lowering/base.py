@@ -104,8 +104,12 @@ class LoweringContext:
         return multiplier, shift
 
     def step(self, node: fx.Node, name: str) -> Arithmetic:
-        """The target's arithmetic of a named step of `node`'s operator."""
-        return self.target.step(name, info(node).op.name)
+        """The target's arithmetic of a named step of `node`'s operator, on its first operand's format."""
+        return self.target.step(name, info(node).op.name, self._source(node))
+
+    def _source(self, node: fx.Node) -> QType | None:
+        found = next((info(operand).qparams for _, operand in bind(node).nodes()), None)
+        return None if found is None else found.qtype
 
     def ratio(
         self, node: fx.Node, *operands: QParams | torch.Tensor, divisor: torch.Tensor | None = None

@@ -234,7 +234,7 @@ def lower_affine(
     """
     result = ctx.qparams(node)
     scale = result.scale.double()
-    real = weight * ctx.qparams(x).scale.double() / scale
+    real = ctx.ratio(node, ctx.qparams(x), weight)
     limits = {**ctx.bounds(result, low, high), **ctx.zeros(node, x=x)}
     if bias is None:
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")

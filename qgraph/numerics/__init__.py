@@ -6,7 +6,7 @@ simulator, fake quantization and the written specification must agree bit for bi
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
 from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
-from qgraph.numerics.engines import EngineRule, Fbgemm, OneDnn
+from qgraph.numerics.engines import EngineRule, Fbgemm, MeanRule, OneDnn
 from qgraph.numerics.factor import Factor
 from qgraph.numerics.formats import (
     FloatFormat,
@@ -54,6 +54,7 @@ __all__ = [
     "Fbgemm",
     "FloatFormat",
     "Format",
+    "MeanRule",
     "OneDnn",
     "Overflow",
     "QParams",

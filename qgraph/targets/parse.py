@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
@@ -47,7 +48,7 @@ def parse_target(text: str, *, origin: str) -> Target:
     activations, weights = table.table("activations"), table.table("weights")
     tables, arithmetic = table.table("tables"), table.table("arithmetic")
     sampling, memory, fusion = table.table("sampling"), table.table("memory"), table.table("fusion")
-    sampling.allow({"weight_bits"})
+    sampling.allow({"weight_bits", "positions"})
     fusion.allow({"residual"})
     ops = _ops(table.tables("ops"), units)
     return Target(
@@ -64,6 +65,7 @@ def parse_target(text: str, *, origin: str) -> Target:
         tables={name: _intervals(tables, name) for name in tables.data},
         functions=_functions(table.table("functions"), ops) if "functions" in table.data else Functions(),
         weight_bits=int(sampling.number("weight_bits", whole=True)),
+        integer_positions="positions" in sampling.data and _choice(sampling, "positions", _POSITIONS) == "integer",
         arithmetic=_steps(arithmetic, ops),
         ops=ops,
         units=units,
@@ -87,6 +89,8 @@ KEYS = (
     "units",
     "memory",
 )
+_POSITIONS = ("float32", "integer")
+_FORMAT = re.compile(r"u?int[0-9]+")
 STEPS = ("product", "sum", "sample")  # the lowerings of qgraph need these; others may need more
 
 
@@ -177,8 +181,12 @@ def _factors(arithmetic: _Table, ops: Collection[str]) -> dict[str, str]:
 
 
 def _check_op(name: str, ops: Collection[str], arithmetic: _Table) -> None:
-    op, dot, _ = name.rpartition(".")
-    if dot and op not in ops:
+    """Refuses `op.step` where the target has no such operator; `step`, `step.format`, `op.step.format` are others."""
+    parts = name.split(".")
+    if len(parts) > 1 and _FORMAT.fullmatch(parts[-1]):
+        arithmetic.understood(lambda: parse_qtype(parts.pop()))
+    op = ".".join(parts[:-1])
+    if op and op not in ops:
         raise TargetError(f"there is no operator {op!r}", where=arithmetic.origin, fix=did_you_mean(op, ops))
 
 
@@ -193,6 +201,13 @@ def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
         _check_op(name, ops, table)
         steps[name] = _arithmetic(table, name)
     return steps
+
+
+def _choice(table: _Table, key: str, known: Collection[str]) -> str:
+    word = table.text(key)
+    if word not in known:
+        raise TargetError(f"{key} is {word!r}", where=table.origin, fix=did_you_mean(word, known))
+    return word
 
 
 def _memories(table: _Table) -> dict[str, Memory]:
