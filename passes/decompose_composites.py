@@ -6,7 +6,8 @@
     batch_norm(x)    x * weight + bias, where no convolution took it over
 
 Inner steps are sites of their own, named after the composite (`norm.rsqrt`, `softmax.exp`); the last step keeps the
-composite's site. Equal within 1e-5 relative. A composite stays whole, and in float, if the target lacks a step.
+composite's site. Equal within 1e-5 relative. A composite stays whole if the target runs it as it is, and, in float, if
+the target lacks a step.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from qgraph.ir.node_info import Refusal, info, module_of
 from qgraph.ir.op import Op
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.values import TensorSpec
+from qgraph.lowering import support
 from qgraph.nn import Affine
 from qgraph.pipeline import Numerics, Pass, PassContext, PassResult, close
 from qgraph.rewrite import Verdict, no, skip, yes
@@ -52,6 +54,8 @@ class DecomposeComposites(Pass):
             op = info(node).op
             rule = _RULES.get(op.decomposition or "")
             if rule is None or op.name in self.skip:
+                continue
+            if ctx.target is not None and support(node, ctx.target):
                 continue
             verdict = rule.check(node)
             lacking = [step.name for step in rule.steps if ctx.target and ctx.target.rule(step.name) is None]

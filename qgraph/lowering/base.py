@@ -25,6 +25,7 @@ from qgraph.ir.values import TensorSpec
 from qgraph.numerics import (
     RECIPROCAL,
     Arithmetic,
+    EngineSoftmax,
     EngineSum,
     Factor,
     QParams,
@@ -151,8 +152,8 @@ def encode_saturating(rule: Rule, factor: torch.Tensor, result: QType) -> Factor
     the device can store. Such factors arise where a result is far smaller than its operands, as a mean of normalized
     values is.
     """
-    if isinstance(rule, EngineSum):
-        raise UserError(f"{rule} rescales sums of two terms only", fix="give this operator another word")
+    if isinstance(rule, (EngineSum, EngineSoftmax)):
+        raise UserError(f"{rule} does not rescale single values", fix="give this operator another word")
     beyond = rule.largest > 2.0 * (1 << result.bits)
     return rule.encode(factor.clamp(-rule.largest, rule.largest) if beyond else factor)
 

@@ -31,7 +31,7 @@ from qgraph.lowering.base import (
     register_lowering,
     sum_rule,
 )
-from qgraph.numerics import EngineSum, QParams, RequantizeRule, ScalarFunction
+from qgraph.numerics import EngineSoftmax, EngineSum, QParams, RequantizeRule, ScalarFunction
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -161,10 +161,14 @@ class TableLowering(Lowering):
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
+        x, make = bound.operand("input"), ctx.target.functions.tables.get(bound.op.name)
+        if make is not None:
+            table = ctx.tensor(node, "table", make(ctx.qparams(x), ctx.qparams(node), **bound.options()))
+            return ctx.integer("lookup", x, table, like=node, source=str(ctx.qparams(x).qtype))
         function = ctx.target.functions.own.get(bound.op.name, bound.op.scalar_function)
         assert function is not None
         options = bound.options()
-        return tabulate(node, bound.operand("input"), lambda values: function(values, **options), ctx)
+        return tabulate(node, x, lambda values: function(values, **options), ctx)
 
 
 def tabulate(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: LoweringContext) -> fx.Node:
@@ -188,6 +192,32 @@ def tabulate_call(node: fx.Node, ctx: LoweringContext) -> fx.Node:
         return result
 
     return tabulate(node, operands[position], function, ctx)
+
+
+class SoftmaxLowering(Lowering):
+    """Softmax as one operator, on devices that have it; elsewhere it is taken apart before."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound = bind(node)
+        if bound.option("dim") is None:
+            return no("it leaves its dimension to torch's deprecated default", node)
+        if bound.option("dtype") not in (None, torch.float32):
+            return no(f"it computes in {bound.option('dtype')}", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x, result, arithmetic = bind(node).operand("input"), ctx.qparams(node), ctx.step(node, "product")
+        rule = arithmetic.rule
+        if not isinstance(rule, EngineSoftmax) or result.scale.item() != rule.step:
+            raise QuantizationError(
+                f"{rule} computes no softmax with scale {result.scale.item():g}",
+                where=where(node),
+                fix="give the target's softmax a word of its own and the fixed_result that belongs to it",
+            )
+        options: dict[str, Any] = {"dim": int(bind(node).option("dim")), "arithmetic": str(arithmetic)}
+        options |= {**bounds(result), **ctx.zeros(node)}
+        multiplier, shift = ctx.factor(node, rule.encode(ctx.qparams(x).scale))
+        return ctx.integer("softmax", x, multiplier, shift, like=node, **options)
 
 
 class ReluLowering(Lowering):
@@ -303,5 +333,6 @@ register_lowering("add", SumLowering())
 register_lowering("mul", ProductOfValuesLowering())
 register_lowering("affine", AffineLowering())
 register_lowering("table", TableLowering())
+register_lowering("softmax", SoftmaxLowering())
 register_lowering("relu", ReluLowering())
 register_lowering("clamp", ClampLowering())

@@ -5,6 +5,7 @@ simulator, fake quantization and the written specification must agree bit for bi
 """
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
+from qgraph.numerics.engine_softmax import EngineSoftmax
 from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
 from qgraph.numerics.engines import EngineRule, Fbgemm, MeanRule, OneDnn
 from qgraph.numerics.factor import Factor
@@ -49,6 +50,7 @@ __all__ = [
     "AddFactors",
     "Arithmetic",
     "EngineRule",
+    "EngineSoftmax",
     "EngineSum",
     "Factor",
     "Fbgemm",

@@ -247,30 +247,36 @@ def _functions(table: _Table, ops: Collection[str]) -> Functions:
         values=precisions[table.text("values")],
         quantize=table.understood(lambda: parse_quantize_rule(table.text("quantize"))),
         rescale=table.flag("rescale"),
-        own=_own_functions(table, ops) if "module" in table.data else {},
+        own=_from_module(table, "FUNCTIONS", ops),
+        tables=_from_module(table, "TABLES", ops),
     )
 
 
-def _own_functions(table: _Table, ops: Collection[str]) -> Mapping[str, Callable[..., torch.Tensor]]:
-    """`FUNCTIONS` of the Python module the file names."""
+def _from_module(table: _Table, kind: str, ops: Collection[str]) -> Mapping[str, Callable[..., torch.Tensor]]:
+    """`FUNCTIONS` or `TABLES` of the Python module the file names; a module may have one of them only."""
+    if "module" not in table.data:
+        return {}
     name = table.text("module")
     try:
-        own = importlib.import_module(name).FUNCTIONS
+        module = importlib.import_module(name)
+        own = getattr(module, kind, None)
+        if own is None and not hasattr(module, "TABLES" if kind == "FUNCTIONS" else "FUNCTIONS"):
+            raise AttributeError("it has neither FUNCTIONS nor TABLES")
     except (ImportError, AttributeError) as error:
         raise TargetError(
             f"the functions of {name!r} cannot be read",
             where=table.origin,
             why=f"{type(error).__name__}: {error}",
-            fix="name an importable module with a dictionary FUNCTIONS from operator names to functions",
+            fix="name an importable module with a dictionary FUNCTIONS or TABLES from operator names to functions",
         ) from error
-    for op in own:
+    for op in own or ():
         if op not in ops:
             raise TargetError(
                 f"{name} has a function for {op!r}, which the target does not run",
                 where=table.origin,
                 fix=did_you_mean(op, ops),
             )
-    return dict(own)
+    return dict(own or {})
 
 
 def _units(table: _Table) -> dict[str, dict[str, float]]:

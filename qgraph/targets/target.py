@@ -71,12 +71,14 @@ class Functions:
         quantize: how its values become codes; None for the target's general rule.
         rescale: whether a change of scale, and any other function of one value and numbers, is a table too.
         own: functions of the engine itself by operator, called as the operator's `scalar_function` is.
+        tables: whole tables by operator, one entry per code, from the parameters of operand and result, and options.
     """
 
     values: torch.dtype = torch.float64
     quantize: QuantizeRule | None = None
     rescale: bool = False
     own: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+    tables: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,19 @@ Values keep torch's layout; operators that want channels last stand between two 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
-from qgraph.ir.arguments import Bound, bind
-from qgraph.ir.evaluate import evaluate
+from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, tensor_at
 from qgraph.ir.op import OpKind
-from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, GUARD, ITEM, QUANT_STUB
-from qgraph.numerics import QParams
+from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, GUARD, ITEM
+from tests.conformance import tflite_model
+from tests.conformance.litert_model import Model
+from tests.conformance.litert_operators import EMITTERS
 
-Value = Any  # name of a tensor, or a tuple of names
+SUPPORTED = frozenset(EMITTERS)
 
 
 def available() -> str | None:
@@ -31,156 +29,29 @@ def available() -> str | None:
 
 def run(frozen: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
     """Codes of every site on the engine, by site name."""
-    from tests.conformance import tflite_model
-
     model = Model(frozen, inputs)
     for node in frozen.graph.nodes:
-        model.translate(node)
-    last = model.ops[-1].outputs
-    data = tflite_model.build(list(model.tensors.values()), model.ops, list(model.feeds), last)
+        _translate(model, node)
+    data = tflite_model.build(list(model.tensors.values()), model.ops, list(model.feeds), model.ops[-1].outputs)
     found = tflite_model.run(data, model.feeds)
     return {site: torch.from_numpy(found[name].copy()) for site, name in model.sites.items()}
 
 
-class Model:
-    """A TFLite model in the making."""
-
-    def __init__(self, gm: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.gm = gm
-        self.inputs = list(inputs)
-        self.tensors: dict[str, Any] = {}
-        self.ops: list[Any] = []
-        self.feeds: dict[str, np.ndarray] = {}
-        self.values: dict[fx.Node, Value] = {}
-        self.sites: dict[str, str] = {}
-        self.shapes: dict[fx.Node, Any] = {}
-        evaluate(gm, inputs, observe=self._see)
-
-    def _see(self, node: fx.Node, value: Any) -> None:
-        several = isinstance(value, (tuple, list))
-        self.shapes[node] = [tuple(v.shape) for v in value] if several else tuple(getattr(value, "shape", ()))
-
-    # --- tensors and operators ---
-
-    def tensor(self, shape: tuple[int, ...], dtype: str, qparams: QParams | None = None, **more: Any) -> str:
-        """A new tensor's name."""
-        from tests.conformance.tflite_model import Tensor
-
-        name = f"t{len(self.tensors)}"
-        if qparams is not None:
-            more = {"scale": qparams.scale.numpy(), "zero": qparams.zero, "axis": qparams.axis or 0, **more}
-        self.tensors[name] = Tensor(name, tuple(shape), dtype, **more)
-        return name
-
-    def constant(self, data: Any, qparams: QParams | None = None, **more: Any) -> str:
-        """A constant tensor's name."""
-        array = np.ascontiguousarray(data)
-        return self.tensor(array.shape, array.dtype.name, qparams, data=array, **more)
-
-    def like(self, name: str, shape: tuple[int, ...]) -> str:
-        """A new tensor with the codes of another, in another shape."""
-        old = self.tensors[name]
-        return self.tensor(shape, old.dtype, scale=old.scale, zero=old.zero)
-
-    def op(self, code: str, inputs: list[str], result: str, **options: Any) -> str:
-        """Adds an operator; returns its result."""
-        from tests.conformance.tflite_model import Op
-
-        self.ops.append(Op(code, tuple(inputs), (result,), options))
-        return result
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        shape: tuple[int, ...] = self.tensors[name].shape
-        return shape
-
-    def reshape(self, name: str, shape: tuple[int, ...]) -> str:
-        """The same codes in another shape."""
-        if self.shape(name) == tuple(shape):
-            return name
-        target = self.constant(np.array(shape, np.int32))
-        return self.op("RESHAPE", [name, target], self.like(name, shape), newShape=np.array(shape, np.int32))
-
-    def permute(self, name: str, order: tuple[int, ...]) -> str:
-        """The same codes with dimensions in another order."""
-        shape = tuple(self.shape(name)[axis] for axis in order)
-        return self.op("TRANSPOSE", [name, self.constant(np.array(order, np.int32))], self.like(name, shape))
-
-    def channels_last(self, name: str) -> str:
-        """`[N, C, H, W]` as `[N, H, W, C]`."""
-        assert len(self.shape(name)) == 4, "images have four dimensions here"
-        return self.permute(name, (0, 2, 3, 1))
-
-    def channels_first(self, name: str) -> str:
-        """`[N, H, W, C]` as `[N, C, H, W]`."""
-        return self.permute(name, (0, 3, 1, 2))
-
-    def pad(self, name: str, amounts: list[tuple[int, int]], code: int | None = None) -> str:
-        """Padding per dimension with real zero, or with a code."""
-        if not any(map(any, amounts)):
-            return name
-        shape = tuple(n + a + b for n, (a, b) in zip(self.shape(name), amounts, strict=True))
-        pads = self.constant(np.array(amounts, np.int32))
-        if code is None:
-            return self.op("PAD", [name, pads], self.like(name, shape))
-        old = self.tensors[name]
-        fill = self.tensor((), old.dtype, scale=old.scale, zero=old.zero, data=np.array(code, old.dtype))
-        return self.op("PADV2", [name, pads, fill], self.like(name, shape))
-
-    def requantize(self, name: str, qparams: QParams) -> str:
-        """The same values at another scale; the tensor itself if it is there already."""
-        old = self.tensors[name]
-        there = (old.dtype, float(old.scale), old.zero)
-        if there == (str(qparams.qtype), qparams.scale.item(), qparams.zero):
-            return name
-        return self.op("QUANTIZE", [name], self.tensor(old.shape, str(qparams.qtype), qparams))
-
-    def result(self, node: fx.Node, shape: tuple[int, ...] | None = None) -> str:
-        """A tensor for a node's codes."""
-        qparams = info(node).qparams
-        assert qparams is not None, node
-        return self.tensor(self.shapes[node] if shape is None else shape, str(qparams.qtype), qparams)
-
-    # --- nodes ---
-
-    def translate(self, node: fx.Node) -> None:
-        """Adds what computes one node."""
-        op = info(node).op
-        if node.op == "placeholder":
-            data = self.inputs[len(self.feeds)].numpy()
-            self.values[node] = self.tensor(data.shape, "float32")
-            self.feeds[self.values[node]] = data
-        elif node.op == "get_attr":
-            self.values[node] = self.constant(tensor_at(self.gm, str(node.target)).detach().numpy())
-        elif op in (FAKE_QUANT, DEQUANT_STUB):
-            self.values[node] = self.values[node.all_input_nodes[0]]
-        elif op is ITEM:
-            self.values[node] = self.values[node.all_input_nodes[0]][node.args[1]]
-        elif op is GUARD or op.kind is OpKind.OUTPUT:
-            return
-        else:
-            assert info(node).float_reason is None, f"{node} is not computed in integers: {info(node).float_reason}"
-            self.values[node] = EMITTERS[op.name](self, node, bind(node))
-            if isinstance(self.values[node], str):
-                self.sites[info(node).site] = self.values[node]
-
-    def operand(self, bound: Bound, name: str = "input") -> str:
-        """Tensor of an operand."""
-        found: str = self.values[bound.operand(name)]
-        return found
-
-
-def _quant_stub(model: Model, node: fx.Node, bound: Bound) -> Value:
-    source = model.values[node.all_input_nodes[0]]
-    qparams = info(node).qparams
-    assert qparams is not None
-    if model.tensors[source].dtype == "float32":
-        return model.op("QUANTIZE", [source], model.result(node))
-    return model.requantize(source, qparams)
-
-
-EMITTERS: dict[str, Callable[[Model, fx.Node, Bound], Value]] = {QUANT_STUB.name: _quant_stub}
-
-from tests.conformance import litert_operators  # noqa: E402, F401 - fills EMITTERS
-
-SUPPORTED = frozenset(EMITTERS)
+def _translate(model: Model, node: fx.Node) -> None:
+    """Adds what computes one node."""
+    op = info(node).op
+    if node.op == "placeholder":
+        data = model.inputs[len(model.feeds)].numpy()
+        model.values[node] = model.tensor(data.shape, "float32")
+        model.feeds[model.values[node]] = data
+    elif node.op == "get_attr":
+        model.values[node] = model.constant(tensor_at(model.gm, str(node.target)).detach().numpy())
+    elif op in (FAKE_QUANT, DEQUANT_STUB):
+        model.values[node] = model.values[node.all_input_nodes[0]]
+    elif op is ITEM:
+        model.values[node] = model.values[node.all_input_nodes[0]][node.args[1]]
+    elif op is not GUARD and op.kind is not OpKind.OUTPUT:
+        assert info(node).float_reason is None, f"{node} is not computed in integers: {info(node).float_reason}"
+        model.values[node] = EMITTERS[op.name](model, node, bind(node))
+        if isinstance(model.values[node], str):
+            model.sites[info(node).site] = model.values[node]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -16,9 +17,16 @@ from qgraph.lowering.base import spatial
 from qgraph.lowering.products import accumulator_step, scale_repeats
 from qgraph.nn import Activation
 from qgraph.numerics import QParams, bias_codes, quantize
-from tests.conformance.engine_litert import EMITTERS, Model, Value
+from tests.conformance.litert_model import Model, Value
 
 _FUSED = {Activation.NONE: "NONE", Activation.RELU: "RELU", Activation.RELU6: "RELU6"}
+
+
+def _quant_stub(model: Model, node: fx.Node, bound: Bound) -> Value:
+    source = model.values[node.all_input_nodes[0]]
+    if model.tensors[source].dtype == "float32":
+        return model.op("QUANTIZE", [source], model.result(node))
+    return model.requantize(source, _params(node))
 
 
 def _params(node: Any) -> QParams:
@@ -160,6 +168,22 @@ def _unary(code: str, **names: str) -> Any:
     return emit
 
 
+def _gelu(model: Model, node: fx.Node, bound: Bound) -> Value:
+    approximate = bound.option("approximate") == "tanh"
+    return model.op("GELU", [model.operand(bound)], model.result(node), approximate=approximate)
+
+
+def _softmax(model: Model, node: fx.Node, bound: Bound) -> Value:
+    """Over the last dimension, so between two exchanges of dimensions."""
+    x = model.operand(bound)
+    order = list(range(len(model.shape(x))))
+    dim = int(bound.option("dim")) % len(order)
+    order[dim], order[-1] = order[-1], order[dim]
+    turned = x if dim == len(order) - 1 else model.permute(x, tuple(order))
+    made = model.op("SOFTMAX", [turned], model.result(node, model.shape(turned)), beta=1.0)
+    return made if turned == x else model.permute(made, tuple(order))
+
+
 def _clamp(model: Model, node: fx.Node, bound: Bound) -> Value:
     """A change of scale, then the larger and the smaller code."""
     result = _params(node)
@@ -278,30 +302,36 @@ def _join(model: Model, node: fx.Node, bound: Bound) -> Value:
     return model.op("CONCATENATION", parts, model.result(node), axis=axis)
 
 
-EMITTERS.update(
-    {
-        "conv2d": _conv,
-        "conv_transpose2d": _conv_transpose,
-        "linear": _linear,
-        "matmul": _matmul,
-        "add": _add,
-        "sub": _add,
-        "mul": _mul,
-        "div": _mul,
-        "relu": _unary("RELU"),
-        "relu6": _unary("RELU6"),
-        "clamp": _clamp,
-        "max_pool2d": _pool("MAX_POOL_2D"),
-        "avg_pool2d": _pool("AVERAGE_POOL_2D"),
-        "mean": _reduce("MEAN"),
-        "amax": _reduce("REDUCE_MAX"),
-        "adaptive_avg_pool2d": _global_average,
-        "interpolate": _interpolate,
-        "pad": _pad,
-        "cat": _join,
-        "stack": _join,
-        **dict.fromkeys(("reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
-        **dict.fromkeys(("permute", "transpose", "expand", "repeat", "slice", "index_select"), _move),
-        **dict.fromkeys(("split", "chunk", "unbind", "select", "narrow", "roll", "flip"), _move),
-    }
-)
+EMITTERS: dict[str, Callable[[Model, fx.Node, Bound], Value]] = {
+    "quant_stub": _quant_stub,
+    "conv2d": _conv,
+    "conv_transpose2d": _conv_transpose,
+    "linear": _linear,
+    "matmul": _matmul,
+    "add": _add,
+    "sub": _add,
+    "mul": _mul,
+    "div": _mul,
+    "relu": _unary("RELU"),
+    "relu6": _unary("RELU6"),
+    "clamp": _clamp,
+    "max_pool2d": _pool("MAX_POOL_2D"),
+    "avg_pool2d": _pool("AVERAGE_POOL_2D"),
+    "mean": _reduce("MEAN"),
+    "amax": _reduce("REDUCE_MAX"),
+    "adaptive_avg_pool2d": _global_average,
+    "interpolate": _interpolate,
+    "pad": _pad,
+    "cat": _join,
+    "stack": _join,
+    **dict.fromkeys(("reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys(("permute", "transpose", "expand", "repeat", "slice", "index_select"), _move),
+    **dict.fromkeys(("split", "chunk", "unbind", "select", "narrow", "roll", "flip"), _move),
+    "softmax": _softmax,
+    "sigmoid": _unary("LOGISTIC"),
+    "tanh": _unary("TANH"),
+    "exp": _unary("EXP"),
+    "gelu": _gelu,
+    "hardswish": _unary("HARD_SWISH"),
+    "leaky_relu": _unary("LEAKY_RELU", alpha="negative_slope"),
+}

@@ -5,20 +5,14 @@ The flatbuffer is written with the schema module inside ai-edge-litert, so no Te
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import flatbuffers
 import numpy as np
-from ai_edge_litert import schema_py_generated as schema
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-_ENUMS = {
-    "padding": schema.Padding,
-    "fusedActivationFunction": schema.ActivationFunctionType,
-    "quantizedBiasType": schema.TensorType,
-}
+_ENUMS = {"padding": "Padding", "fusedActivationFunction": "ActivationFunctionType"}
 # Operators whose table of options is not named after them; "NONE" have none.
 _OPTIONS = {
     "CONV_2D": "Conv2DOptions",
@@ -67,6 +61,7 @@ def build(tensors: Sequence[Tensor], ops: Sequence[Op], inputs: Sequence[str], o
     """
     number = {tensor.name: position for position, tensor in enumerate(tensors)}
     assert len(number) == len(tensors), "names of tensors must be unique"
+    schema = _schema()
     model = schema.ModelT()
     model.version = 3
     model.buffers = [schema.BufferT()]  # buffer 0 is the empty one by convention
@@ -77,16 +72,17 @@ def build(tensors: Sequence[Tensor], ops: Sequence[Op], inputs: Sequence[str], o
     graph.inputs = [number[name] for name in inputs]
     graph.outputs = [number[name] for name in outputs]
     model.subgraphs = [graph]
-    builder = flatbuffers.Builder(1024)
+    builder = importlib.import_module("flatbuffers").Builder(1024)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
 
 
 def run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Every tensor of the model by name after one invocation of the reference kernels, without delegates."""
-    made = Interpreter(
+    litert = importlib.import_module("ai_edge_litert.interpreter")
+    made = litert.Interpreter(
         model_content=model,
-        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+        experimental_op_resolver_type=litert.OpResolverType.BUILTIN_REF,
         experimental_preserve_all_tensors=True,
         num_threads=1,
     )
@@ -97,7 +93,12 @@ def run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {detail["name"]: made.get_tensor(detail["index"]) for detail in made.get_tensor_details()}
 
 
+def _schema() -> Any:
+    return importlib.import_module("ai_edge_litert.schema_py_generated")  # imported late: the package is optional
+
+
 def _tensor(tensor: Tensor, buffers: list[Any]) -> Any:
+    schema = _schema()
     made = schema.TensorT()
     made.name = tensor.name
     made.shape = np.array(tensor.shape, np.int32)
@@ -120,6 +121,7 @@ def _tensor(tensor: Tensor, buffers: list[Any]) -> Any:
 
 
 def _operator(op: Op, number: Mapping[str, int], codes: list[Any]) -> Any:
+    schema = _schema()
     code = schema.OperatorCodeT()
     code.builtinCode = getattr(schema.BuiltinOperator, op.code)
     code.deprecatedBuiltinCode = min(code.builtinCode, 127)
@@ -138,5 +140,9 @@ def _operator(op: Op, number: Mapping[str, int], codes: list[Any]) -> Any:
     for name, value in op.options.items():
         if not hasattr(made.builtinOptions, name):
             raise KeyError(f"{table} has no field {name!r}; it has {sorted(vars(made.builtinOptions))}")
-        setattr(made.builtinOptions, name, getattr(_ENUMS[name], value) if isinstance(value, str) else value)
+        setattr(
+            made.builtinOptions,
+            name,
+            getattr(getattr(schema, _ENUMS[name]), value) if isinstance(value, str) else value,
+        )
     return made

@@ -1,4 +1,4 @@
-"""Operators that are taken apart before they are quantized."""
+"""Operators that are taken apart before they are quantized, unless the target runs them as they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qgraph.ir.op import OpKind, ShapeRule
+from qgraph.ir.op import OpKind, QuantRule, ShapeRule
 from qgraph.ir.op_table.define import args, aten, define
 
 BATCH_NORM = define(
@@ -43,5 +43,8 @@ SOFTMAX = define(
         "softmax",
     ),
     modules=(nn.Softmax,),
+    shape=ShapeRule.SAME,
+    quant=QuantRule.OWN,
+    lowering="softmax",
     decomposition="softmax",
 )

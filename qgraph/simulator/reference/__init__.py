@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize
+from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize, softmax
 from qgraph.simulator.reference.products import conv, linear, matmul
 from qgraph.simulator.reference.windows import (
     adaptive_avg_pool,
@@ -31,6 +31,7 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "reduce_sum": reduce_sum,
     "requantize": requantize,
     "resize_bilinear": resize_bilinear,
+    "softmax": softmax,
 }
 
 __all__ = ["KERNELS"]

@@ -1,0 +1,132 @@
+"""Integer graphs for target litert compute LiteRT's codes: no element of any site differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qgraph.numerics import QType, qint8, qint16
+from qgraph.quantization import convert, freeze
+from qgraph.simulator import KERNEL_SETS, Simulator
+from tests.conformance import engine_litert
+from tests.conformance.litert_cases import Call, Draw, inputs_at_ties, prepared
+
+pytestmark = pytest.mark.skipif(engine_litert.available() is not None, reason=str(engine_litert.available()))
+
+ROUNDS = 8
+Shapes = list[tuple[int, ...]]
+Net = tuple[Callable[[], nn.Module], Shapes]
+
+
+def differing(net: Net, seed: int, output: QType) -> tuple[int, dict[str, int]]:
+    """How many elements were compared, and the sites at which some differ."""
+    make, shapes = net
+    draw = Draw(seed, ties=seed % 4 != 3)
+    gm = prepared(make(), tuple(draw.normal(shape) for shape in shapes), draw, output)
+    inputs = inputs_at_ties(gm, shapes, draw)
+    integer, theirs = convert(gm), engine_litert.run(freeze(gm), inputs)
+    wrong: dict[str, int] = {}
+    for kernels in KERNEL_SETS:
+        ours = Simulator(integer, kernels=kernels).run(*inputs, record=True).values
+        for site, codes in theirs.items():
+            assert (ours[site].shape, ours[site].dtype) == (codes.shape, codes.dtype), site
+            count = int((ours[site] != codes).sum())
+            if count:
+                wrong[f"{kernels}: {site}"] = count
+    return sum(codes.numel() for codes in theirs.values()), wrong
+
+
+def check(net: Net, output: QType, rounds: int = ROUNDS) -> None:
+    for seed in range(rounds):
+        compared, wrong = differing(net, seed, output)
+        assert compared > 0
+        assert not wrong, f"seed {seed}, {compared} elements compared: {wrong}"
+
+
+def layer(make: Callable[[], nn.Module], *shapes: tuple[int, ...], act: nn.Module | None = None) -> Net:
+    return lambda: nn.Sequential(make(), *([] if act is None else [act])), list(shapes)
+
+
+def call(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Net:
+    return lambda: Call(function), list(shapes)
+
+
+X = (2, 6, 9, 7)
+ROW = (3, 20)
+SMALL: dict[str, Net] = {
+    "conv": layer(lambda: nn.Conv2d(6, 10, 3), X),
+    "conv relu": layer(lambda: nn.Conv2d(6, 5, 3, padding=1), X, act=nn.ReLU()),
+    "conv relu6": layer(lambda: nn.Conv2d(6, 5, (1, 3), padding=(0, 1)), X, act=nn.ReLU6()),
+    "conv stride": layer(lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False), X),
+    "conv dilation": layer(lambda: nn.Conv2d(6, 4, 3, dilation=2, padding=(3, 2)), X),
+    "conv groups": layer(lambda: nn.Conv2d(6, 9, 3, groups=3, padding=1), X),
+    "conv 7x7": layer(lambda: nn.Conv2d(3, 4, 7, stride=2, padding=3), (1, 3, 16, 16)),
+    "depthwise": layer(lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), X, act=nn.ReLU6()),
+    "depthwise multiplier": layer(lambda: nn.Conv2d(6, 12, 3, stride=2, groups=6, padding=1, bias=False), X),
+    "transposed": layer(lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1), X),
+    "transposed relu": layer(lambda: nn.ConvTranspose2d(6, 4, 2, stride=2), X, act=nn.ReLU()),
+    "linear": layer(lambda: nn.Linear(20, 30), ROW),
+    "linear relu": layer(lambda: nn.Linear(20, 30, bias=False), (2, 5, 20), act=nn.ReLU()),
+    "linear long": layer(lambda: nn.Linear(2048, 7), (2, 2048)),
+    "matmul": call(lambda x, y: x @ y, (2, 5, 9), (2, 9, 4)),
+    "add": call(lambda x, y: x + y, X, X),
+    "add broadcast": call(lambda x, y: x + y, X, (1, 6, 1, 1)),
+    "add itself": call(lambda x: x + x, X),
+    "sub": call(lambda x, y: x - y, X, X),
+    "mul": call(lambda x, y: x * y, X, X),
+    "mul broadcast": call(lambda x, y: x * y, X, (2, 6, 1, 1)),
+    "mul number": call(lambda x: x * 0.37, X),
+    "mul negative": call(lambda x: x * -2.5, X),
+    "div number": call(lambda x: x / 3.0, X),
+    "relu": call(F.relu, X),
+    "relu6": call(F.relu6, X),
+    "clamp": call(lambda x: x.clamp(-0.7, 1.1), X),
+    "max pool": call(lambda x: F.max_pool2d(x, 3, 2, 1), X),
+    "max pool ceil": call(lambda x: F.max_pool2d(x, 2, 2, ceil_mode=True), X),
+    "avg pool": call(lambda x: F.avg_pool2d(x, 2), X),
+    "avg pool overlapping": call(lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), X),
+    "avg pool 3x2": call(lambda x: F.avg_pool2d(x, (3, 2), (1, 2)), X),
+    "mean": call(lambda x: x.mean((2, 3)), X),
+    "mean channels": call(lambda x: x.mean(1, keepdim=True), X),
+    "mean last": call(lambda x: x.mean(-1), (4, 5, 768)),
+    "global average": call(lambda x: F.adaptive_avg_pool2d(x, 1), X),
+    "amax": call(lambda x: x.amax((2, 3)), X),
+    "resize nearest": call(lambda x: F.interpolate(x, scale_factor=2.0), X),
+    "resize nearest size": call(lambda x: F.interpolate(x, size=(5, 11)), X),
+    "resize bilinear": call(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), X),
+    "resize bilinear size": call(lambda x: F.interpolate(x, size=(5, 16), mode="bilinear"), X),
+    "resize corners": call(lambda x: F.interpolate(x, size=(13, 4), mode="bilinear", align_corners=True), X),
+    "cat": call(lambda x, y: torch.cat([x, y], 1), X, (2, 3, 9, 7)),
+    "stack": call(lambda x, y: torch.stack([x, y], 1), ROW, ROW),
+    "pad": call(lambda x: F.pad(x, (1, 2, 0, 3)), X),
+    "pad number": call(lambda x: F.pad(x, (1, 2, 0, 3), value=0.3), X),
+    "moves": call(lambda x: x.transpose(1, 2)[:, 1:5].flatten(2).chunk(2, -1)[1].flip(1), X),
+    "softmax": call(lambda x: F.softmax(x, -1), (4, 6, 33)),
+    "softmax channels": call(lambda x: F.softmax(x * 3, 1), X),
+    "sigmoid": call(torch.sigmoid, (40, 50)),
+    "tanh": call(torch.tanh, (40, 50)),
+    "exp": call(torch.exp, (40, 50)),
+    "leaky relu": call(lambda x: F.leaky_relu(x, 0.1), (40, 50)),
+    "leaky relu negative": call(lambda x: F.leaky_relu(x, -0.3), (40, 50)),
+}
+EIGHT_BITS: dict[str, Net] = {
+    "hardswish": call(F.hardswish, (40, 50)),
+    "gelu": call(F.gelu, (40, 50)),
+    "gelu tanh": call(lambda x: F.gelu(x, approximate="tanh"), (40, 50)),
+}
+
+
+@pytest.mark.parametrize("output", [qint8, qint16], ids=str)
+@pytest.mark.parametrize("name", list(SMALL))
+def test_operator(name: str, output: QType) -> None:
+    check(SMALL[name], output)
+
+
+@pytest.mark.parametrize("name", list(EIGHT_BITS))
+def test_operator_of_eight_bits(name: str) -> None:
+    check(EIGHT_BITS[name], qint8)
