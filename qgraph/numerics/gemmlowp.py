@@ -33,7 +33,7 @@ def scaled_by_power(values: torch.Tensor, exponent: int) -> torch.Tensor:
 
 
 def exp_of_negative(values: torch.Tensor, integer_bits: int) -> torch.Tensor:
-    """exp of numbers `<= 0` with `integer_bits` integer bits, as Q0.31 (exp_on_negative_values)."""
+    """Exp of numbers `<= 0` with `integer_bits` integer bits, as Q0.31 (exp_on_negative_values)."""
     fraction = 31 - integer_bits
     quarter = 1 << (fraction - 2)
     low = (values & (quarter - 1)) - quarter
@@ -46,7 +46,7 @@ def exp_of_negative(values: torch.Tensor, integer_bits: int) -> torch.Tensor:
 
 
 def _exp_of_quarter(values: torch.Tensor) -> torch.Tensor:
-    """exp of Q0.31 numbers in [-1/4, 0): a polynomial around -1/8."""
+    """Exp of Q0.31 numbers in [-1/4, 0): a polynomial around -1/8."""
     x = values + (1 << 28)
     square = doubling_high_product(x, x)
     cube, fourth = doubling_high_product(square, x), doubling_high_product(square, square)

@@ -35,8 +35,8 @@ SCHEMAS: dict[str, str] = {
     f"Tensor? multiplier=None, *, {_TWO}) -> Tensor",
     "mul": f"(Tensor x, Tensor y, Tensor multiplier, Tensor? shift, *, {_TWO}) -> Tensor",
     "lookup": "(Tensor x, Tensor table, *, str source) -> Tensor",
-    "softmax": "(Tensor x, Tensor multiplier, Tensor? shift, *, int dim, str arithmetic, int low, int high, str format, "
-    "int zero=0) -> Tensor",
+    "softmax": "(Tensor x, Tensor multiplier, Tensor? shift, *, int dim, str arithmetic, int low, int high, "
+    "str format, int zero=0) -> Tensor",
     "clamp": "(Tensor x, *, int low, int high, str format) -> Tensor",
     "max_pool": f"(Tensor x, *, {_WINDOW}, int[] dilation, bool ceil_mode) -> Tensor",
     "avg_pool": f"(Tensor x, Tensor multiplier, Tensor? shift, *, {_WINDOW}, int[] output_size, {_BOUNDS}) -> Tensor",

@@ -66,15 +66,13 @@ def prepared(
         nn.init.normal_(parameter, std=0.4, generator=draw.generator)
     gm = qgraph.prepare(model.eval(), inputs, QConfig(output=output), target=target)
     calibrate(gm, [inputs], progress=False)
-    sites = [m for m in gm.modules() if isinstance(m, FakeQuantize)]
-    for module in sites:
-        if isinstance(module, WeightFakeQuantize) or module.fixed_scale is not None:
-            continue
-        module.settle()
-        _assign(module, draw)
     for module in gm.modules():
         if isinstance(module, Fused) and draw.ties:
             _snap_weight(module, draw)
+        is_site = isinstance(module, FakeQuantize) and not isinstance(module, WeightFakeQuantize)
+        if is_site and module.fixed_scale is None:
+            module.settle()
+            _assign(module, draw)
     return gm
 
 

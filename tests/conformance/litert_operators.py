@@ -265,8 +265,8 @@ def _move(model: Model, node: fx.Node, bound: Bound) -> Value:
     moved = call_node(
         model.gm,
         node,
-        fx.node.map_arg(node.args, lambda used: positions if used is source else None),  # type: ignore[arg-type]
-        fx.node.map_arg(node.kwargs, lambda used: positions if used is source else None),  # type: ignore[arg-type]
+        fx.node.map_arg(node.args, lambda used: positions if used is source else None),
+        fx.node.map_arg(node.kwargs, lambda used: positions if used is source else None),
     )
     parts = moved if isinstance(moved, (tuple, list)) else [moved]
     flat = model.reshape(x, (positions.numel(),))
