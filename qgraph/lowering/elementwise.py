@@ -1,9 +1,8 @@
-"""Lowering of arithmetic, tables and bounds.
+"""Lowering of arithmetic and bounds.
 
     x + y, x - y    qz = saturate(round(qx * Mx +- qy * My, shift))          Mx ~ sx / sz, My ~ sy / sz
     x * y           qz = saturate(rescale(qx * qy; sx * sy / sz))
     x * w + b       qz = saturate(round(qx * M + B, shift))                  M ~ sx * w / sz, B ~ b / sz
-    f(x)            qz = table[qx]
     relu            qz = max(qx, 0)                                          scale unchanged
     clamp           qz = rescaled qx between the codes of the bounds
 A number as operand is exact: it enters M or B.
@@ -31,7 +30,8 @@ from qgraph.lowering.base import (
     register_lowering,
     sum_rule,
 )
-from qgraph.numerics import EngineSoftmax, EngineSum, QParams, RequantizeRule, ScalarFunction
+from qgraph.lowering.functions import table_call, tabulate_call
+from qgraph.numerics import EngineSum, QParams, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -151,75 +151,6 @@ class AffineLowering(Lowering):
         return lower_affine(node, bind(node).operand("input"), weight, bias, ctx)
 
 
-class TableLowering(Lowering):
-    """Any function of one value: a table of the target's size."""
-
-    def supports(self, node: fx.Node, target: Target) -> Verdict:
-        if info(node).op.scalar_function is None:
-            return no(f"the op table gives no function for {info(node).op}", node)
-        return yes()
-
-    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        bound = bind(node)
-        x, make = bound.operand("input"), ctx.target.functions.tables.get(bound.op.name)
-        if make is not None:
-            table = ctx.tensor(node, "table", make(ctx.qparams(x), ctx.qparams(node), **bound.options()))
-            return ctx.integer("lookup", x, table, like=node, source=str(ctx.qparams(x).qtype))
-        function = ctx.target.functions.own.get(bound.op.name, bound.op.scalar_function)
-        assert function is not None
-        options = bound.options()
-        return tabulate(node, x, lambda values: function(values, **options), ctx)
-
-
-def tabulate(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: LoweringContext) -> fx.Node:
-    """`function(x)` as a table, made as the target makes them."""
-    source = ctx.qparams(x)
-    table = ctx.table(function, source, ctx.qparams(node))
-    return ctx.integer("lookup", x, ctx.tensor(node, "table", table), like=node, source=str(source.qtype))
-
-
-def tabulate_call(node: fx.Node, ctx: LoweringContext) -> fx.Node:
-    """A call with one computed operand and numbers as a table of what torch computes."""
-    bound = bind(node)
-    operands = [bound.operand(name) for name in bound.op.operands]
-    position = next(i for i, operand in enumerate(operands) if isinstance(operand, fx.Node))
-    target: Any = bound.op.target
-
-    def function(values: torch.Tensor) -> torch.Tensor:
-        numbers = [operand if isinstance(operand, fx.Node) else values.new_tensor(operand) for operand in operands]
-        numbers[position] = values
-        result: torch.Tensor = target(*numbers, **bound.options())
-        return result
-
-    return tabulate(node, operands[position], function, ctx)
-
-
-class SoftmaxLowering(Lowering):
-    """Softmax as one operator, on devices that have it; elsewhere it is taken apart before."""
-
-    def supports(self, node: fx.Node, target: Target) -> Verdict:
-        bound = bind(node)
-        if bound.option("dim") is None:
-            return no("it leaves its dimension to torch's deprecated default", node)
-        if bound.option("dtype") not in (None, torch.float32):
-            return no(f"it computes in {bound.option('dtype')}", node)
-        return yes()
-
-    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        x, result, arithmetic = bind(node).operand("input"), ctx.qparams(node), ctx.step(node, "product")
-        rule = arithmetic.rule
-        if not isinstance(rule, EngineSoftmax) or result.scale.item() != rule.step:
-            raise QuantizationError(
-                f"{rule} computes no softmax with scale {result.scale.item():g}",
-                where=where(node),
-                fix="give the target's softmax a word of its own and the fixed_result that belongs to it",
-            )
-        options: dict[str, Any] = {"dim": int(bind(node).option("dim")), "arithmetic": str(arithmetic)}
-        options |= {**bounds(result), **ctx.zeros(node)}
-        multiplier, shift = ctx.factor(node, rule.encode(ctx.qparams(x).scale))
-        return ctx.integer("softmax", x, multiplier, shift, like=node, **options)
-
-
 class ReluLowering(Lowering):
     """relu at an unchanged scale: real zero is code zero."""
 
@@ -242,7 +173,7 @@ class ClampLowering(Lowering):
         one = torch.tensor(1.0, dtype=torch.float64)
         low, high = _clamp_limits(node)
         if ctx.target.functions.rescale:
-            return tabulate(node, bind(node).operand("input"), lambda values: values.clamp(low, high), ctx)
+            return table_call(node, bind(node).operand("input"), lambda values: values.clamp(low, high), ctx)
         return lower_affine(node, bind(node).operand("input"), one, None, ctx, low=low, high=high)
 
 
@@ -332,7 +263,5 @@ def _number_or_node(node: fx.Node, operands: list[Any]) -> Verdict:
 register_lowering("add", SumLowering())
 register_lowering("mul", ProductOfValuesLowering())
 register_lowering("affine", AffineLowering())
-register_lowering("table", TableLowering())
-register_lowering("softmax", SoftmaxLowering())
 register_lowering("relu", ReluLowering())
 register_lowering("clamp", ClampLowering())

@@ -101,7 +101,12 @@ class AdaptiveAvgPoolLowering(Lowering):
         return yes() if set(shape_of(node)[-_rank(node) :]) == {1} else _needs_global(node, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        rank, x = _rank(node), bind(node).operand("input")
+        return self.over(node, _rank(node), ctx)
+
+    @staticmethod
+    def over(node: fx.Node, rank: int, ctx: LoweringContext) -> fx.Node:
+        """The average over windows of the last `rank` dimensions, of any operator that means it."""
+        x = bind(node).operand("input")
         size_in, size_out = shape_of(x)[-rank:], shape_of(node)[-rank:]
         lengths = [
             torch.tensor([-((-(i + 1) * length) // n) - i * length // n for i in range(n)], dtype=torch.float64)
@@ -132,28 +137,20 @@ class ReduceLowering(Lowering):
 
 
 class InterpolateLowering(Lowering):
-    """Nearest and bilinear resizing to a fixed size."""
+    """Nearest and bilinear resizing to a fixed size; `qgraph.lowering.sampling` has the other modes."""
 
-    def supports(self, node: fx.Node, target: Target) -> Verdict:
+    @staticmethod
+    def fits_integer_positions(node: fx.Node, target: Target) -> Verdict:
+        """Whether a device that computes positions from the two sizes, in integers, can run the call."""
         bound = bind(node)
         mode = bound.option("mode")
-        if mode not in ("nearest", "bilinear"):
-            return no(f"mode {mode!r} has no integer form yet", node)
-        if bound.option("antialias"):
-            return no("it smooths before it shrinks (antialias)", node)
-        sizes = (bound.option("size"), bound.option("scale_factor"))
-        if any(isinstance(v, fx.Node) for size in sizes for v in (size if isinstance(size, (list, tuple)) else [size])):
-            return no("its size is computed in the forward", node)
-        if mode == "bilinear" and target.integer_positions and bound.option("scale_factor") is not None:
-            return self._integer_factor(node, target)
-        return yes()
-
-    def _integer_factor(self, node: fx.Node, target: Target) -> Verdict:
-        """Positions that follow from the sizes alone need a scale factor that does, too."""
-        x = bind(node).operand("input")
-        sizes = (shape_of(x)[2:], shape_of(node)[2:])
+        if mode not in ("nearest", "bilinear") or bound.option("antialias"):
+            return no(f"{target.name} resizes by nearest and bilinear only", node)
+        sizes = (shape_of(bound.operand("input"))[2:], shape_of(node)[2:])
+        if len(sizes[0]) != 2:
+            return no(f"{target.name} resizes images only", node)
         exact = [n_in / n_out for n_in, n_out in zip(*sizes, strict=True)]
-        fits = _steps(bind(node), *sizes) == exact
+        fits = _steps(bound, *sizes) == exact
         return yes() if fits else no(f"{target.name} resizes by the ratio of sizes, not by a given factor", node)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
@@ -161,7 +158,7 @@ class InterpolateLowering(Lowering):
         x = bound.operand("input")
         rank = len(shape_of(x)) - 2
         steps = _steps(bound, shape_of(x)[2:], shape_of(node)[2:])
-        if bound.option("mode") == "nearest":
+        if bound.option("mode").startswith("nearest"):
             return self._nearest(node, x, rank, steps, ctx)
         bits = ctx.target.weight_bits
         align = bool(bound.option("align_corners"))
@@ -177,9 +174,11 @@ class InterpolateLowering(Lowering):
 
     def _nearest(self, node: fx.Node, x: fx.Node, rank: int, steps: list[float], ctx: LoweringContext) -> fx.Node:
         current = x
+        middle = 0.5 if bind(node).option("mode") == "nearest-exact" else 0.0
         for axis in range(rank):
             size_in, size_out = shape_of(x)[2 + axis], shape_of(node)[2 + axis]
-            positions = torch.arange(size_out, dtype=torch.float32) * torch.tensor(steps[axis], dtype=torch.float32)
+            scale = torch.tensor(steps[axis], dtype=torch.float32)
+            positions = (torch.arange(size_out, dtype=torch.float32) + middle) * scale
             index = torch.floor(positions).to(torch.int64).clamp(max=size_in - 1)
             indices = ctx.tensor(node, f"index_{axis}", index)
             # Only the last step is the resize itself; the others are sites of their own.
@@ -303,6 +302,5 @@ for _name, _lowering in {
     "avg_pool": AvgPoolLowering(),
     "adaptive_avg_pool": AdaptiveAvgPoolLowering(),
     "reduce": ReduceLowering(),
-    "interpolate": InterpolateLowering(),
 }.items():
     register_lowering(_name, _lowering)

@@ -69,8 +69,9 @@ def prepared(
     for module in gm.modules():
         if isinstance(module, Fused) and draw.ties:
             _snap_weight(module, draw)
-        is_site = isinstance(module, FakeQuantize) and not isinstance(module, WeightFakeQuantize)
-        if is_site and module.fixed_scale is None:
+        if isinstance(module, WeightFakeQuantize):
+            continue
+        if isinstance(module, FakeQuantize) and module.fixed_scale is None:
             module.settle()
             _assign(module, draw)
     return gm
