@@ -14,8 +14,7 @@ import torch
 from torch import fx
 
 from qgraph.errors import InternalError, QuantizationError, TargetError, UserError, did_you_mean
-from qgraph.ir.arguments import coded_operands, quant_rule
-from qgraph.ir.arguments import bind
+from qgraph.ir.arguments import bind, coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.integer import integer_operator
 from qgraph.ir.node_info import graph_info, info, where

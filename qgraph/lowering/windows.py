@@ -67,6 +67,10 @@ class AvgPoolLowering(Lowering):
         bound, rank = bind(node), _rank(node)
         kernel = spatial(bound.option("kernel_size"), rank)
         padded = any(spatial(bound.option("padding"), rank)) or bound.values.get("divisor_override")
+        rule = target.step("product", bound.op.name).rule
+        counts_more = bound.values.get("divisor_override") or (padded and bound.option("count_include_pad"))
+        if isinstance(rule, MeanRule) and rule.raw and counts_more:
+            return no(f"{target.name} divides by the number of elements inside the image only", node)
         whole = list(shape_of(bound.operand("input"))[-rank:]) == kernel and not padded
         return yes() if whole else _needs_global(node, target)
 

@@ -78,6 +78,12 @@ def exp(source: QParams, result: QParams) -> torch.Tensor:
     return _tabulated(_rounded_once(torch.exp), source, result)
 
 
+def log(source: QParams, result: QParams) -> torch.Tensor:
+    """LOG of 8 bits: the lowest code where there is no logarithm."""
+    log32, lowest = _rounded_once(torch.log), (result.qtype.qmin - result.zero) * result.scale
+    return _tabulated(lambda x: torch.where(x > 0, log32(x.clamp(min=1e-45)), lowest), source, result)
+
+
 def gelu(source: QParams, result: QParams, approximate: str = "none") -> torch.Tensor:
     """GELU of 8 bits."""
     tanh32, erfc32 = _rounded_once(torch.tanh), _rounded_once(torch.special.erfc)
@@ -225,5 +231,5 @@ def _rounded_once(function: _Function) -> _Function:
 
 
 TABLES: dict[str, Callable[..., torch.Tensor]] = {
-    function.__name__: function for function in (exp, gelu, hardswish, leaky_relu, sigmoid, tanh)
+    function.__name__: function for function in (exp, gelu, hardswish, leaky_relu, log, sigmoid, tanh)
 }

@@ -14,6 +14,7 @@ from qgraph.nn import Fused
 from qgraph.numerics import QParams, QType, qint8
 from qgraph.quantization import QConfig, calibrate
 from qgraph.quantization.fake_quantize import FakeQuantize, WeightFakeQuantize
+from qgraph.targets import Target
 
 _PARTS = (1.0, 1.0, 0.75, 0.625)  # of a power of two: products and quotients have few bits
 
@@ -59,7 +60,7 @@ def prepared(
     inputs: tuple[torch.Tensor, ...],
     draw: Draw,
     output: QType = qint8,
-    target: str = "litert",
+    target: Target | str = "litert",
 ) -> fx.GraphModule:
     """The model calibrated, then given scales and zero points of the draw."""
     for parameter in model.parameters():
@@ -109,7 +110,7 @@ def inputs_at_ties(gm: fx.GraphModule, shapes: list[tuple[int, ...]], draw: Draw
     for node, shape in zip(gm.graph.find_nodes(op="placeholder"), shapes, strict=True):
         values = draw.normal(shape) * draw.choice((0.5, 1.0, 3.0))
         scale = _first_scale(node)
-        if draw.ties and scale is not None:
+        if scale is not None and (draw.ties or draw.integer(0, 1)):
             values = torch.round(values / scale * 2) / 2 * scale
         flat = values.flatten()
         if draw.integer(0, 3) == 0 and flat.numel() > 8:

@@ -184,6 +184,19 @@ def _softmax(model: Model, node: fx.Node, bound: Bound) -> Value:
     return made if turned == x else model.permute(made, tuple(order))
 
 
+def _code(value: float, qparams: QParams) -> int:
+    """The code of a number: ties of its float32 quotient go away from zero."""
+    quotient = np.float32(value) / np.float32(qparams.scale.item())
+    whole = np.trunc(quotient)
+    steps = int(whole + np.copysign(abs(quotient - whole) >= 0.5, quotient))
+    return min(max(steps + qparams.zero, qparams.qtype.qmin), qparams.qtype.qmax)
+
+
+def _extreme(model: Model, node: fx.Node, bound: Bound) -> Value:
+    parts = [model.requantize(model.operand(bound, name), _params(node)) for name in ("input", "other")]
+    return model.op(bound.op.name.upper(), parts, model.result(node))
+
+
 def _clamp(model: Model, node: fx.Node, bound: Bound) -> Value:
     """A change of scale, then the larger and the smaller code."""
     result = _params(node)
@@ -191,10 +204,7 @@ def _clamp(model: Model, node: fx.Node, bound: Bound) -> Value:
     for code, limit in (("MAXIMUM", bound.option("min")), ("MINIMUM", bound.option("max"))):
         if limit is None:
             continue
-        step = np.float32(limit) / np.float32(result.scale.item())
-        steps = int(np.trunc(step) + np.copysign(abs(step - np.trunc(step)) >= 0.5, step))
-        bounded = min(max(steps + result.zero, result.qtype.qmin), result.qtype.qmax)
-        edge = model.constant(np.array(bounded, str(result.qtype)), result)
+        edge = model.constant(np.array(_code(limit, result), str(result.qtype)), result)
         current = model.op(code, [current, edge], model.like(current, model.shape(current)))
     return current
 
@@ -287,8 +297,7 @@ def _pad(model: Model, node: fx.Node, bound: Bound) -> Value:
     amounts = [(0, 0)] * (len(model.shape(x)) - len(pairs)) + pairs[::-1]
     if not value:
         return model.pad(x, amounts)
-    code = int(np.rint(value / result.scale.item())) + result.zero
-    return model.pad(model.requantize(x, result), amounts, min(max(code, result.qtype.qmin), result.qtype.qmax))
+    return model.pad(model.requantize(x, result), amounts, _code(value, result))
 
 
 def _join(model: Model, node: fx.Node, bound: Bound) -> Value:
@@ -319,6 +328,9 @@ EMITTERS: dict[str, Callable[[Model, fx.Node, Bound], Value]] = {
     "avg_pool2d": _pool("AVERAGE_POOL_2D"),
     "mean": _reduce("MEAN"),
     "amax": _reduce("REDUCE_MAX"),
+    "amin": _reduce("REDUCE_MIN"),
+    "maximum": _extreme,
+    "minimum": _extreme,
     "adaptive_avg_pool2d": _global_average,
     "interpolate": _interpolate,
     "pad": _pad,
@@ -326,11 +338,14 @@ EMITTERS: dict[str, Callable[[Model, fx.Node, Bound], Value]] = {
     "stack": _join,
     **dict.fromkeys(("reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("permute", "transpose", "expand", "repeat", "slice", "index_select"), _move),
+    **dict.fromkeys(("movedim", "repeat_interleave", "expand_as"), _move),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), _move),
     **dict.fromkeys(("split", "chunk", "unbind", "select", "narrow", "roll", "flip"), _move),
     "softmax": _softmax,
     "sigmoid": _unary("LOGISTIC"),
     "tanh": _unary("TANH"),
     "exp": _unary("EXP"),
+    "log": _unary("LOG"),
     "gelu": _gelu,
     "hardswish": _unary("HARD_SWISH"),
     "leaky_relu": _unary("LEAKY_RELU", alpha="negative_slope"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,24 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qgraph.numerics import QType, qint8, qint16
+from qgraph.numerics import QType, parse_arithmetic, parse_quantize_rule, qint8, qint16
 from qgraph.quantization import convert, freeze
 from qgraph.simulator import KERNEL_SETS, Simulator
+from qgraph.targets import Target, get_target
 from tests.conformance import engine_litert
 from tests.conformance.litert_cases import Call, Draw, inputs_at_ties, prepared
+from tests.conformance.networks import Mobile, Pyramid, Residual, ResNet18
 
 pytestmark = pytest.mark.skipif(engine_litert.available() is not None, reason=str(engine_litert.available()))
 
-ROUNDS = 8
+ROUNDS = 4  # one of four without ties
 Shapes = list[tuple[int, ...]]
 Net = tuple[Callable[[], nn.Module], Shapes]
 
 
-def differing(net: Net, seed: int, output: QType) -> tuple[int, dict[str, int]]:
+def differing(net: Net, seed: int, output: QType, target: Target | str = "litert") -> tuple[int, dict[str, int]]:
     """How many elements were compared, and the sites at which some differ."""
     make, shapes = net
     draw = Draw(seed, ties=seed % 4 != 3)
-    gm = prepared(make(), tuple(draw.normal(shape) for shape in shapes), draw, output)
+    gm = prepared(make(), tuple(draw.normal(shape) for shape in shapes), draw, output, target)
     inputs = inputs_at_ties(gm, shapes, draw)
     integer, theirs = convert(gm), engine_litert.run(freeze(gm), inputs)
     wrong: dict[str, int] = {}
@@ -96,6 +99,10 @@ SMALL: dict[str, Net] = {
     "mean last": call(lambda x: x.mean(-1), (4, 5, 768)),
     "global average": call(lambda x: F.adaptive_avg_pool2d(x, 1), X),
     "amax": call(lambda x: x.amax((2, 3)), X),
+    "amin": call(lambda x: x.amin(1, keepdim=True), X),
+    "maximum": call(torch.maximum, X, X),
+    "minimum": call(torch.minimum, X, (1, 6, 1, 1)),
+    "pixel shuffle": call(lambda x: F.pixel_shuffle(x, 2), (1, 8, 3, 3)),
     "resize nearest": call(lambda x: F.interpolate(x, scale_factor=2.0), X),
     "resize nearest size": call(lambda x: F.interpolate(x, size=(5, 11)), X),
     "resize bilinear": call(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), X),
@@ -116,6 +123,7 @@ SMALL: dict[str, Net] = {
 }
 EIGHT_BITS: dict[str, Net] = {
     "hardswish": call(F.hardswish, (40, 50)),
+    "log": call(lambda x: x.sigmoid().log(), (40, 50)),
     "gelu": call(F.gelu, (40, 50)),
     "gelu tanh": call(lambda x: F.gelu(x, approximate="tanh"), (40, 50)),
 }
@@ -130,3 +138,67 @@ def test_operator(name: str, output: QType) -> None:
 @pytest.mark.parametrize("name", list(EIGHT_BITS))
 def test_operator_of_eight_bits(name: str) -> None:
     check(EIGHT_BITS[name], qint8)
+
+
+NETS: dict[str, Net] = {
+    "residual": (Residual, [(2, 3, 24, 20)]),
+    "mobile": (Mobile, [(2, 6, 12, 10)]),
+    "pyramid": (Pyramid, [(1, 3, 12, 16)]),
+}
+
+
+@pytest.mark.parametrize("output", [qint8, qint16], ids=str)
+@pytest.mark.parametrize("name", list(NETS))
+def test_network(name: str, output: QType) -> None:
+    check(NETS[name], output)
+
+
+@pytest.mark.parametrize("output", [qint8, qint16], ids=str)
+def test_resnet18(output: QType) -> None:
+    check((ResNet18, [(1, 3, 64, 64)]), output, rounds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", [qint8, qint16], ids=str)
+@pytest.mark.parametrize("name", [*SMALL, *NETS])
+def test_many_rounds(name: str, output: QType) -> None:
+    check({**SMALL, **NETS}[name], output, rounds=100)
+
+
+OTHER_WORDS = [
+    ("conv", qint8, "product", "int32:wrap/fixed_point:31:half_even"),
+    ("conv", qint8, "product", "int32:wrap/fixed_point_two:31:half_up:half_up"),
+    ("conv", qint16, "conv2d.product.int16", "int32:wrap/gemmlowp"),
+    ("matmul", qint16, "matmul.product.int16", "int32:wrap/gemmlowp"),
+    ("linear", qint8, "linear.product", "int32:wrap/gemmlowp"),
+    ("linear", qint16, "linear.product.int16", "int48:wrap/tflite_int64"),
+    ("add", qint8, "sum", "int32:wrap/fixed_point:31:half_even"),
+    ("sub", qint16, "sum", "int32:wrap/fixed_point:31:half_even"),
+    ("mean", qint8, "mean.product", "int32:wrap/gemmlowp"),
+    ("global average", qint16, "adaptive_avg_pool2d.product", "int32:wrap/gemmlowp"),
+    ("avg pool", qint8, "avg_pool2d.product", "int32:wrap/gemmlowp"),
+    ("resize bilinear", qint8, "sample", "int39:wrap/fixed_point:24:half_even"),
+    ("cat", qint8, "rescale", "int32:wrap/fixed_point:31:half_even"),
+]
+
+
+@pytest.mark.parametrize(("name", "output", "key", "word"), OTHER_WORDS)
+def test_another_rule_would_be_noticed(name: str, output: QType, key: str, word: str) -> None:
+    target = get_target("litert")
+    assert key in target.arithmetic
+    other = replace(target, arithmetic={**target.arithmetic, key: parse_arithmetic(word)})
+    assert any(differing(SMALL[name], seed, output, other)[1] for seed in range(24))
+
+
+@pytest.mark.parametrize(("name", "key"), [("mul", "mul"), ("relu6", "relu6")])
+def test_another_precision_of_factors_would_be_noticed(name: str, key: str) -> None:
+    target = get_target("litert")
+    assert target.factors[f"{key}.factors"] == "float32"
+    other = replace(target, factors={**target.factors, f"{key}.factors": "float64"})
+    assert any(differing(SMALL[name], seed, qint16, other)[1] for seed in range(64))
+
+
+def test_another_way_to_quantize_would_be_noticed() -> None:
+    for rule in ("reciprocal:half_away:int32", "divide:half_even:int32", "divide:half_away"):
+        other = replace(get_target("litert"), quantize_rule=parse_quantize_rule(rule))
+        assert any(differing(SMALL["relu"], seed, qint8, other)[1] for seed in range(24)), rule
