@@ -109,7 +109,8 @@ def inputs_at_ties(gm: fx.GraphModule, shapes: list[tuple[int, ...]], draw: Draw
     found = []
     for node, shape in zip(gm.graph.find_nodes(op="placeholder"), shapes, strict=True):
         values = draw.normal(shape) * draw.choice((0.5, 1.0, 3.0))
-        scale = _first_scale(node)
+        quantizer = _first_quantizer(node)
+        scale = None if quantizer is None else quantizer.qparams().scale
         if scale is not None and (draw.ties or draw.integer(0, 1)):
             values = torch.round(values / scale * 2) / 2 * scale
         flat = values.flatten()
@@ -119,7 +120,24 @@ def inputs_at_ties(gm: fx.GraphModule, shapes: list[tuple[int, ...]], draw: Draw
     return tuple(found)
 
 
-def _first_scale(node: fx.Node) -> torch.Tensor | None:
+def every_code(gm: fx.GraphModule) -> torch.Tensor:
+    """Reals of all codes of the one input, `[256, n]`."""
+    quantizer = _first_quantizer(next(iter(gm.graph.find_nodes(op="placeholder"))))
+    assert quantizer is not None
+    qparams = quantizer.qparams()
+    codes = torch.arange(qparams.qtype.qmin, qparams.qtype.qmax + 1)
+    return ((codes - qparams.zero) * qparams.scale).reshape(256, -1)
+
+
+def give_scale(gm: fx.GraphModule, scale: float) -> None:
+    """The one input gets another scale."""
+    quantizer = _first_quantizer(next(iter(gm.graph.find_nodes(op="placeholder"))))
+    assert quantizer is not None
+    old = quantizer.qparams()
+    quantizer._keep(QParams(torch.tensor(scale), old.qtype, old.zero_point))
+
+
+def _first_quantizer(node: fx.Node) -> FakeQuantize | None:
     pending = list(node.users)
     while pending:
         user = pending.pop(0)
@@ -129,7 +147,7 @@ def _first_scale(node: fx.Node) -> torch.Tensor | None:
             else None
         )
         if isinstance(module, FakeQuantize):
-            return module.qparams().scale
+            return module
         pending += list(user.users)
     return None
 

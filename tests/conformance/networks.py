@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -84,7 +86,7 @@ class ResNet18(nn.Module):
         self.pool = nn.MaxPool2d(3, 2, 1)
         widths = (64, 64, 128, 256, 512)
         blocks = []
-        for i, (before, channels) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (before, channels) in enumerate(pairwise(widths)):
             blocks += [_Block(before, channels, 1 if i == 0 else 2), _Block(channels, channels, 1)]
         self.blocks = nn.Sequential(*blocks)
         self.average = nn.AdaptiveAvgPool2d(1)

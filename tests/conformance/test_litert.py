@@ -16,7 +16,7 @@ from qgraph.quantization import convert, freeze
 from qgraph.simulator import KERNEL_SETS, Simulator
 from qgraph.targets import Target, get_target
 from tests.conformance import engine_litert
-from tests.conformance.litert_cases import Call, Draw, inputs_at_ties, prepared
+from tests.conformance.litert_cases import Call, Draw, every_code, give_scale, inputs_at_ties, prepared
 from tests.conformance.networks import Mobile, Pyramid, Residual, ResNet18
 
 pytestmark = pytest.mark.skipif(engine_litert.available() is not None, reason=str(engine_litert.available()))
@@ -138,6 +138,42 @@ def test_operator(name: str, output: QType) -> None:
 @pytest.mark.parametrize("name", list(EIGHT_BITS))
 def test_operator_of_eight_bits(name: str) -> None:
     check(EIGHT_BITS[name], qint8)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "exp": torch.exp,
+    "leaky relu": lambda x: F.leaky_relu(x, 0.07),
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu6": F.relu6,
+}
+OF_EIGHT_BITS = ("hardswish", "gelu", "gelu tanh")
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        (name, output)
+        for name in FUNCTIONS
+        for output in (qint8, qint16)
+        if output == qint8 or name not in OF_EIGHT_BITS
+    ],
+)
+def test_function_at_every_code(name: str, output: QType) -> None:
+    for seed in range(6):
+        draw = Draw(seed, ties=seed % 2 == 0)
+        gm = prepared(Call(FUNCTIONS[name]), (draw.normal((256, 1 << (output.bits - 8))),), draw, output)
+        if draw.ties and output == qint16:
+            give_scale(gm, 2.0 ** -(11 + seed // 2))  # the engine has shifts for some powers of two
+        values = every_code(gm)
+        theirs = engine_litert.run(freeze(gm), (values,))
+        ours = Simulator(convert(gm)).run(values, record=True).values
+        assert len(theirs) == 2
+        for site, codes in theirs.items():
+            assert torch.equal(ours[site], codes), (seed, site)
 
 
 NETS: dict[str, Net] = {
