@@ -21,53 +21,11 @@ from qgraph.numerics.tflite_tables import interpolated, sampled_table
 
 _Function = Callable[[torch.Tensor], torch.Tensor]
 
-# Entries of the kernels' sigmoid table that lie one above the rounded value.
-_ABOVE = (
-    4,
-    8,
-    12,
-    14,
-    15,
-    16,
-    17,
-    19,
-    20,
-    21,
-    22,
-    25,
-    27,
-    28,
-    29,
-    30,
-    31,
-    33,
-    34,
-    35,
-    37,
-    39,
-    40,
-    41,
-    43,
-    44,
-    45,
-    46,
-    49,
-    50,
-    54,
-    62,
-    63,
-    64,
-    66,
-    82,
-    86,
-    93,
-    100,
-    103,
-    112,
-    116,
-    135,
-    255,
-)
+_ENTRIES = 1 << 8  # of the kernels' sigmoid table
+# Entries that lie one above the rounded value.
+_ABOVE = (4, 8, 12, 14, 15, 16, 17, 19, 20, 21, 22, 25, 27, 28, 29, 30, 31, 33, 34, 35, 37, 39, 40, 41, 43, 44, 45, 46)
+_ABOVE_LATE = (49, 50, 54, 62, 63, 64, 66, 82, 86, 93, 100, 103, 112, 116, 135, _ENTRIES - 1)
+_FINE_BITS = 7  # by which HARD_SWISH refines 8-bit codes
 
 
 # --- tables of 8 bits, interpolated tables of 16 bits ---------------------------------------------------------------
@@ -134,18 +92,18 @@ def leaky_relu(source: QParams, result: QParams, negative_slope: float = 0.01) -
 
 def hardswish(source: QParams, result: QParams) -> torch.Tensor:
     """HARD_SWISH of 8 bits, in 16-bit fixed point."""
-    fine = _float32(1 / 128) * source.scale
+    fine = _float32(2.0**-_FINE_BITS) * source.scale
     out_factor, gate_factor = (
-        quantize_multiplier((fine / scale).double()) for scale in (result.scale, _float32(3 / 32768))
+        quantize_multiplier((fine / scale).double()) for scale in (result.scale, _float32(3 * 2.0**-15))
     )
     out_shift, gate_shift = int(out_factor.shifts()), int(gate_factor.shifts())
     if out_shift > 0:
         raise QuantizationError(
             f"a hardswish from scale {source.scale.item():g} to {result.scale.item():g} is not possible",
-            why="the engine refuses results more than 128 times finer than their operand",
+            why="the engine refuses results so much finer than their operand",
             fix="look at the calibrated ranges around this op",
         )
-    values = qint16.wrap((_codes(qint8) - source.zero) * 128)
+    values = qint16.wrap((_codes(qint8) - source.zero) << _FINE_BITS)
     out = doubling_high_product(values, _sixteen_bits(out_factor.multiplier), 16)
     gate = _gate(values, _sixteen_bits(gate_factor.multiplier), gate_shift)
     product = torch.div(gate * out, 1 << 15, rounding_mode="trunc")
@@ -172,25 +130,27 @@ def _sixteen_bits(multiplier: torch.Tensor) -> torch.Tensor:
 def _sigmoid16(source: QParams, result: QParams) -> torch.Tensor:
     """LOGISTIC of 16 bits: 256 entries of sigmoid(i / 24) in units of 2**-16, interpolated."""
     values = _units(source, (0,))
-    index, part = values.abs() >> 9, values.abs() & 511
+    index, part = values.abs() >> 9, values.abs() & ((1 << 9) - 1)
     upper = _between(index, part, 9, (1 << 15) - 1 << 10)
-    return _saturated(torch.where(values >= 0, upper + 512, (1 << 25) - upper + 511) >> 10, result)
+    return _saturated(torch.where(values >= 0, upper + (1 << 9), (1 << 25) - upper + (1 << 9) - 1) >> 10, result)
 
 
 def _tanh16(source: QParams, result: QParams) -> torch.Tensor:
     """TANH of 16 bits, from the same table."""
     values = _units(source, (0, 1))
-    index, part = values.abs() >> 8, values.abs() & 255
+    index, part = values.abs() >> 8, values.abs() & ((1 << 8) - 1)
     upper = _between(index, part, 8, (1 << 16) - 1 << 8) - (1 << 23)
-    return _saturated(torch.where(values >= 0, upper + 128, -upper + 127) >> 8, result)
+    return _saturated(torch.where(values >= 0, upper + (1 << 7), -upper + (1 << 7) - 1) >> 8, result)
 
 
 def _between(index: torch.Tensor, part: torch.Tensor, bits: int, last: int) -> torch.Tensor:
-    table = torch.floor(65536 / (1 + torch.exp(-torch.arange(256, dtype=torch.float64) / 24)) + 0.5).to(torch.int64)
-    table[list(_ABOVE)] += 1
-    inside = index.clamp(max=254)
+    table = torch.floor(65536 / (1 + torch.exp(-torch.arange(_ENTRIES, dtype=torch.float64) / 24)) + 0.5).to(
+        torch.int64
+    )
+    table[[*_ABOVE, *_ABOVE_LATE]] += 1
+    inside = index.clamp(max=_ENTRIES - 2)
     value = (table[inside] << bits) + part * (table[inside + 1] - table[inside])
-    return torch.where(index >= 255, last, value)
+    return torch.where(index >= _ENTRIES - 1, last, value)
 
 
 def _units(source: QParams, powers: tuple[int, ...]) -> torch.Tensor:

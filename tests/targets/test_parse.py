@@ -10,7 +10,7 @@ import torch
 
 from qgraph.errors import TargetError
 from qgraph.ir.op_table import OPS
-from qgraph.numerics import Scheme, SegmentForm, float16, qint8, qint16, qint32
+from qgraph.numerics import QType, Scheme, SegmentForm, float16, qint8, qint16, qint32
 from qgraph.targets import Memory, Target, get_target, load_target, parse_target
 
 SMALL = """
@@ -112,6 +112,31 @@ def test_segments() -> None:
     assert small("int16 = 1024", SEGMENTS).table_form(qint16) == SegmentForm(64, 64, False, 8)
     plain = 'int16 = { segments = 50, entries = 32, break_points = "curvature" }'
     assert small("int16 = 1024", plain).table_form(qint16) == SegmentForm(50, 32, True, 0)
+
+
+def test_steps_of_formats() -> None:
+    words = {"sum": "half_even", "sum.int16": "half_up", "add.sum": "half_away", "add.sum.int16": "floor"}
+    lines = "\n".join(f'"{key}" = "int32:wrap/fixed_point:24:{word}"' for key, word in words.items() if key != "sum")
+    target = small('"add.sum" = "int32:wrap/float:half_even"', lines)
+
+    def found(op: str, source: QType) -> str:
+        return str(target.step("sum", op, source)).rpartition(":")[2]
+
+    assert [found(op, source) for op in ("sub", "add") for source in (qint8, qint16)] == list(words.values())
+    assert target.step("rescale", "add", qint16) == target.step("product")
+
+
+def test_positions_are_float_unless_the_file_says_otherwise() -> None:
+    bits = "weight_bits = 8"
+    assert not small().integer_positions
+    assert not small(bits, bits + '\npositions = "float32"').integer_positions
+    assert small(bits, bits + '\npositions = "integer"').integer_positions
+
+
+def test_products_in_float32_and_quotients_in_float64() -> None:
+    x, y, z = torch.tensor(0.1), torch.tensor(0.3), torch.tensor(0.7)
+    target = small('factors = "float32"', 'factors = "float32_product"')
+    assert target.factor("add", x, y, result=z) == (x * y).double() / z.double()
 
 
 def test_legal_formats() -> None:
@@ -218,6 +243,14 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         ("int16 = 1024", SEGMENTS.replace("= 8 }", "= 9 }"), ["9 fraction bits"]),
         ("int16 = 1024", SEGMENTS.replace("= 8 }", "= 1.5 }"), ["fraction_bits is 1.5", "whole number"]),
         ("int16 = 1024", "float16 = 1024", ["'float16' is not an integer format", "[tables]"]),
+        # positions, steps of formats
+        (
+            "weight_bits = 8",
+            'weight_bits = 8\npositions = "intger"',
+            ["positions is 'intger'", "'integer'"],
+        ),
+        ('"add.sum"', '"add.sum.int7777777"', ["int7777777", "[arithmetic]"]),
+        ('"add.sum"', '"ad.sum.int8"', ["there is no operator 'ad'", "did you mean 'add'"]),
         # scales that the device decides
         (ADD, ADD + "same_scal = true\n", ["unknown key 'same_scal'", "did you mean 'same_scale'", "number 2"]),
         (ADD, ADD + 'same_scale = "yes"\n', ["same_scale is 'yes'", "give true or false"]),
