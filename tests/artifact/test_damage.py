@@ -285,7 +285,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "unknown integer operator": (_set("stem", "target", "qgraph.konv"), "integer operator 'konv'"),
     "hidden integer operator": (_set("stem", "target", "qgraph.__class__"), "integer operator '__class__'"),
     "builtin": (_set("stem", "target", "eval"), "'eval', which is not known here"),
-    "unknown op": (lambda d: _node(d, "stem")["info"].update(op="maximum"), "operator 'maximum'"),
+    "unknown op": (lambda d: _node(d, "stem")["info"].update(op="made_up"), "operator 'made_up'"),
     "method": (
         lambda d: _node(d, "generated_flatten_0").update(call="method", target="__reduce__"),
         "the method '__reduce__'",

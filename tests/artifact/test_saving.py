@@ -126,9 +126,9 @@ def test_a_module_of_the_user(tmp_path: Path) -> None:
 
 
 def test_a_module_that_was_changed(tmp_path: Path) -> None:
-    shrink = nn.Hardshrink()
-    shrink.colour = "red"
-    model = nn.Sequential(nn.Linear(4, 4), shrink)
+    threshold = nn.Threshold(0.1, 20.0)
+    threshold.colour = "red"
+    model = nn.Sequential(nn.Linear(4, 4), threshold)
     message = refused(model, tmp_path, torch.randn(2, 4))
     assert "its attribute colour is 'red'" in message
 
