@@ -116,8 +116,8 @@ class LoweringContext:
         return self.target.factor(info(node).op.name, *scales, result=result)
 
     def bounds(self, result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-        """As `bounds`, with the target's way to quantize."""
-        return bounds(result, low, high, self.target.quantize_rule)
+        """As `bounds`, with the target's way to quantize a bound."""
+        return bounds(result, low, high, self.target.bound_rule)
 
     def rescale(self, like: fx.Node, real: torch.Tensor, step: str) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
         """Nodes for one real factor (float64) under the target's arithmetic of `step`."""
@@ -150,7 +150,8 @@ def bounds(
     limits = {"low": qtype.qmin, "high": qtype.qmax}
     for name, value in (("low", low), ("high", high)):
         if value is not None and abs(value) != float("inf"):
-            code = rule.steps(torch.tensor(value, dtype=torch.float32), result.scale.cpu()).item() + result.zero
+            zero = result.zero_points().flatten()[0].cpu()
+            code = rule.codes(torch.tensor(value, dtype=torch.float32), result.scale.cpu(), zero).item()
             limits[name] = int(min(max(code, qtype.qmin), qtype.qmax))
     return {**limits, "format": str(qtype)}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qgraph.errors import QGraphError, TargetError, did_you_mean
@@ -11,6 +11,7 @@ from qgraph.ir.op_table import OPS
 from qgraph.numerics import (
     Arithmetic,
     Format,
+    QuantizeRule,
     Scheme,
     check_intervals,
     parse_arithmetic,
@@ -18,26 +19,28 @@ from qgraph.numerics import (
     parse_qtype,
     parse_quantize_rule,
 )
+from qgraph.targets.inherit import resolved
 from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, Target
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _Parsed = TypeVar("_Parsed")
 
 
-def parse_target(text: str, *, origin: str) -> Target:
+def parse_target(text: str, *, origin: str, folder: Path | None = None) -> Target:
     """The target a TOML text describes.
+
+    Args:
+        text: what the file holds.
+        origin: the file, for messages.
+        folder: where the path of a base starts; the current folder if None.
 
     Raises:
         TargetError: malformed TOML, unknown or missing keys, or values that make no sense.
     """
-    try:
-        table = _Table(tomllib.loads(text), origin)
-    except tomllib.TOMLDecodeError as error:
-        raise TargetError("the target file is not TOML", where=origin, why=str(error)) from error
+    return _target(resolved(text, origin, folder, _target), origin)
+
+
+def _target(data: Mapping[str, Any], origin: str) -> Target:
+    table = _Table(data, origin)
     table.allow(KEYS)
     units = _units(table.table("units"))
     activations, weights = table.table("activations"), table.table("weights")
@@ -55,7 +58,8 @@ def parse_target(text: str, *, origin: str) -> Target:
         weight_per_channel=weights.flag("per_channel"),
         bias=weights.understood(lambda: parse_format(weights.text("bias"))),
         residual=fusion.flag("residual"),
-        quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
+        quantize_rule=_quantize_rule(arithmetic, "quantize"),
+        bound_rule=_quantize_rule(arithmetic, "bounds" if "bounds" in arithmetic.data else "quantize"),
         factors=_factors(arithmetic, ops),
         tables={name: _intervals(tables, name) for name in tables.data},
         weight_bits=int(sampling.number("weight_bits", whole=True)),
@@ -182,7 +186,7 @@ def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
         table.text(step)
     steps = {}
     for name in table.data:
-        if name == "quantize" or name.endswith("factors"):
+        if name in ("quantize", "bounds") or name.endswith("factors"):
             continue
         _check_op(name, ops, table)
         steps[name] = _arithmetic(table, name)
@@ -200,6 +204,11 @@ def _memories(table: _Table) -> dict[str, Memory]:
     if "ddr" not in levels:
         raise TargetError("the memory 'ddr' is not described", where=table.origin, fix="add [memory.ddr]")
     return levels
+
+
+def _quantize_rule(table: _Table, key: str) -> QuantizeRule:
+    word = table.text(key)
+    return table.understood(lambda: parse_quantize_rule(word))
 
 
 def _arithmetic(table: _Table, step: str) -> Arithmetic:

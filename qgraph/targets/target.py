@@ -82,6 +82,7 @@ class Target:
         bias: format of a bias.
         residual: whether a convolution or linear adds another value before it rescales.
         quantize_rule: how real numbers become codes.
+        bound_rule: how the bounds of clamps and activations become codes.
         factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
         tables: intervals of a function table by input format; None for one entry per code.
         weight_bits: fractional bits of bilinear interpolation weights.
@@ -101,6 +102,7 @@ class Target:
     bias: Format
     residual: bool
     quantize_rule: QuantizeRule
+    bound_rule: QuantizeRule
     factors: Mapping[str, str]
     tables: Mapping[str, int | None]
     weight_bits: int
