@@ -186,6 +186,12 @@ def check_float_tensors(node: fx.Node) -> Verdict:
     return yes()
 
 
+def takes_numbers(target: Target, op: str) -> bool:
+    """Whether the target computes an operator with a number in place of codes."""
+    rule = target.rule(op)
+    return rule is None or rule.numbers
+
+
 def is_number(value: Any) -> bool:
     """Whether an operand is a plain finite number."""
     return isinstance(value, (int, float)) and value == value and abs(value) != float("inf")

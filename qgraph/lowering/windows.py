@@ -23,10 +23,12 @@ from qgraph.lowering.base import (
     LoweringContext,
     batch_is_free,
     bounds,
+    encode_saturating,
     register_lowering,
     shape_of,
     spatial,
 )
+from qgraph.numerics import AtenPool, Factor
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -59,8 +61,19 @@ class MaxPoolLowering(Lowering):
         )
 
 
+def _check_layout(node: fx.Node, target: Target) -> Verdict:
+    """Engines that average channels in memory order know images only."""
+    rule = target.step("product", info(node).op.name).rule
+    if isinstance(rule, AtenPool) and len(shape_of(bind(node).operand("input"))) != 4:
+        return no(f"{target.name} averages batches of images only", node)
+    return yes()
+
+
 class AvgPoolLowering(Lowering):
     """Average pooling; the number of elements counted may differ at the edges."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        return _check_layout(node, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound, rank = bind(node), _rank(node)
@@ -88,6 +101,9 @@ class AvgPoolLowering(Lowering):
 
 class AdaptiveAvgPoolLowering(Lowering):
     """Adaptive average pooling: windows of up to two lengths per dimension."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        return _check_layout(node, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         rank, x = _rank(node), bind(node).operand("input")
@@ -127,6 +143,8 @@ class InterpolateLowering(Lowering):
         mode = bound.option("mode")
         if mode not in ("nearest", "bilinear"):
             return no(f"mode {mode!r} has no integer form yet", node)
+        if mode == "bilinear" and "sample" not in target.arithmetic:
+            return no(f"{target.name} says nothing of bilinear resizing", node)
         if bound.option("antialias"):
             return no("it smooths before it shrinks (antialias)", node)
         sizes = (bound.option("size"), bound.option("scale_factor"))
@@ -172,9 +190,13 @@ class InterpolateLowering(Lowering):
 def _averaged(
     name: str, node: fx.Node, x: fx.Node, counts: torch.Tensor, ctx: LoweringContext, **options: Any
 ) -> fx.Node:
-    result = ctx.qparams(node)
-    real = ctx.ratio(node, ctx.qparams(x), divisor=counts)
-    multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
+    result, arithmetic = ctx.qparams(node), ctx.step(node, "product")
+    if isinstance(arithmetic.rule, AtenPool):
+        factor = Factor(arithmetic.rule.stages(counts), None)
+    else:
+        real = ctx.ratio(node, ctx.qparams(x), divisor=counts)
+        factor = encode_saturating(arithmetic.rule, real, result.qtype)
+    multiplier, shift = ctx.factor(node, factor)
     options = {**options, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
     return ctx.integer(name, x, multiplier, shift, like=node, **options)
 

@@ -5,6 +5,7 @@ simulator, fake quantization and the written specification must agree bit for bi
 """
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
+from qgraph.numerics.aten import AtenCat, AtenPool, AtenRequantize
 from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
 from qgraph.numerics.engines import EngineRule, Fbgemm, OneDnn
 from qgraph.numerics.factor import Factor
@@ -23,6 +24,7 @@ from qgraph.numerics.formats import (
     qint32,
     quint8,
 )
+from qgraph.numerics.pairs import dispatches_pairs, pair_sums, pairs_may_saturate
 from qgraph.numerics.qparams import QParams, Scheme, choose_qparams, qparams_from_scale
 from qgraph.numerics.quantize import (
     RECIPROCAL,
@@ -48,6 +50,9 @@ __all__ = [
     "RECIPROCAL",
     "AddFactors",
     "Arithmetic",
+    "AtenCat",
+    "AtenPool",
+    "AtenRequantize",
     "EngineRule",
     "EngineSum",
     "Factor",
@@ -71,12 +76,15 @@ __all__ = [
     "check_intervals",
     "choose_qparams",
     "dequantize",
+    "dispatches_pairs",
     "encode_common_shift",
     "encode_fixed_point",
     "fake_quantize",
     "float16",
     "float32",
     "lookup",
+    "pair_sums",
+    "pairs_may_saturate",
     "parse_arithmetic",
     "parse_format",
     "parse_qtype",

@@ -58,6 +58,7 @@ def _target(data: Mapping[str, Any], origin: str) -> Target:
         weight_per_channel=weights.flag("per_channel"),
         bias=weights.understood(lambda: parse_format(weights.text("bias"))),
         residual=fusion.flag("residual"),
+        many_groups=_many_groups(table, arithmetic),
         quantize_rule=_quantize_rule(arithmetic, "quantize"),
         bound_rule=_quantize_rule(arithmetic, "bounds" if "bounds" in arithmetic.data else "quantize"),
         factors=_factors(arithmetic, ops),
@@ -78,6 +79,7 @@ KEYS = (
     "activations",
     "weights",
     "fusion",
+    "convolution",
     "tables",
     "sampling",
     "arithmetic",
@@ -85,7 +87,7 @@ KEYS = (
     "units",
     "memory",
 )
-STEPS = ("product", "sum", "sample")  # the lowerings of qgraph need these; others may need more
+STEPS = ("product", "sum")  # the lowerings of qgraph need these; others may need more
 
 
 class _Table:
@@ -174,6 +176,16 @@ def _factors(arithmetic: _Table, ops: Collection[str]) -> dict[str, str]:
     return found
 
 
+def _many_groups(table: _Table, arithmetic: _Table) -> int | None:
+    """How many groups a convolution may have before it takes another step."""
+    if "convolution" not in table.data:
+        return None
+    convolution = table.table("convolution")
+    convolution.allow({"many_groups"})
+    arithmetic.text("many_groups")
+    return int(convolution.number("many_groups", whole=True))
+
+
 def _check_op(name: str, ops: Collection[str], arithmetic: _Table) -> None:
     op, dot, _ = name.rpartition(".")
     if dot and op not in ops:
@@ -239,11 +251,12 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal"})
+        entry.allow({"names", "unit", "legal", "numbers"})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
-        rule = OpRule(unit, tuple(_legal(line, entry) for line in entry.texts("legal")))
+        numbers = entry.flag("numbers") if "numbers" in entry.data else True
+        rule = OpRule(unit, tuple(_legal(line, entry) for line in entry.texts("legal")), numbers)
         for name in entry.texts("names"):
             if name in ops:
                 raise TargetError(f"operator {name!r} is described twice", where=entry.origin)

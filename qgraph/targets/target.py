@@ -44,10 +44,12 @@ class OpRule:
     Args:
         unit: the part of the device that runs it.
         legal: legal combinations of formats.
+        numbers: whether an operand may be a number instead of codes.
     """
 
     unit: str
     legal: tuple[LegalFormats, ...]
+    numbers: bool = True
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""
@@ -81,6 +83,7 @@ class Target:
         weight_per_channel: whether weights have a scale per output channel.
         bias: format of a bias.
         residual: whether a convolution or linear adds another value before it rescales.
+        many_groups: a convolution of more groups takes the step `many_groups` instead of `product`; None if none does.
         quantize_rule: how real numbers become codes.
         bound_rule: how the bounds of clamps and activations become codes.
         factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
@@ -101,6 +104,7 @@ class Target:
     weight_per_channel: bool
     bias: Format
     residual: bool
+    many_groups: int | None
     quantize_rule: QuantizeRule
     bound_rule: QuantizeRule
     factors: Mapping[str, str]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize
+from qgraph.simulator.reference.pairs import conv_pairs
 from qgraph.simulator.reference.products import conv, linear, matmul
 from qgraph.simulator.reference.windows import (
     adaptive_avg_pool,
@@ -21,6 +22,7 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "avg_pool": avg_pool,
     "clamp": clamp_codes,
     "conv": conv,
+    "conv_pairs": conv_pairs,
     "dequantize": dequantize,
     "linear": linear,
     "lookup": lookup,

@@ -1,0 +1,42 @@
+"""Reference kernel: depthwise convolutions whose products are added in saturating pairs; see `qgraph.numerics.pairs`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from qgraph.numerics import pair_sums
+from qgraph.simulator.reference.common import along_channels, requantized, wide
+from qgraph.simulator.trace import KernelTrace
+
+
+def conv_pairs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    multiplier: torch.Tensor,
+    shift: torch.Tensor | None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    arithmetic: str,
+    low: int,
+    high: int,
+    format: str,
+    x_zero: int = 0,
+    zero: int = 0,
+    trace: KernelTrace | None = None,
+) -> torch.Tensor:
+    """`x` uint8 `[N, C, H, W]`, `weight` `[O, 1, h, w]`, O a multiple of C, `bias` float32 `[O]`; result `[N, O, *out]`."""
+    filters, _, height, width = weight.shape
+    padded = F.pad(wide(x), (padding[1], padding[1], padding[0], padding[0]), value=x_zero)
+    windows = padded.unfold(2, height, stride[0]).unfold(3, width, stride[1])
+    taps = windows.flatten(-2).repeat_interleave(filters // x.shape[1], 1)
+    kernels = wide(weight).flatten(1)
+    sums = pair_sums(taps * kernels[:, None, None, :]) - x_zero * kernels.sum(1)[:, None, None]
+    factors = along_channels(multiplier, 2), along_channels(shift, 2)
+    assert factors[0] is not None
+    real_bias = along_channels(bias, 2)
+    return requantized(sums, factors[0], factors[1], arithmetic, low, high, format, zero, trace, real_bias)
