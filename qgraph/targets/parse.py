@@ -18,6 +18,7 @@ from qgraph.numerics import (
     parse_format,
     parse_qtype,
     parse_quantize_rule,
+    qparams_from_scale,
 )
 from qgraph.targets.inherit import resolved
 from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, Target
@@ -251,12 +252,11 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal", "numbers"})
+        entry.allow({"names", "unit", "legal", "numbers", "same_scale", "fixed_result"})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
-        numbers = entry.flag("numbers") if "numbers" in entry.data else True
-        rule = OpRule(unit, tuple(_legal(line, entry) for line in entry.texts("legal")), numbers)
+        rule = _op_rule(entry, unit)
         for name in entry.texts("names"):
             if name in ops:
                 raise TargetError(f"operator {name!r} is described twice", where=entry.origin)
@@ -266,6 +266,38 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
                 )
             ops[name] = rule
     return ops
+
+
+def _op_rule(entry: _Table, unit: str) -> OpRule:
+    legal = tuple(_legal(line, entry) for line in entry.texts("legal"))
+    same = entry.flag("same_scale") if "same_scale" in entry.data else False
+    numbers = entry.flag("numbers") if "numbers" in entry.data else True
+    if "fixed_result" not in entry.data:
+        return OpRule(unit, legal, same, numbers=numbers)
+    if same:
+        raise TargetError(
+            "a result keeps its operand's scale and has a fixed one",
+            where=entry.origin,
+            fix="give same_scale or fixed_result, not both",
+        )
+    fixed, results = entry.table("fixed_result"), {str(f): f for line in legal for f in line.results}
+    for name in fixed.data:
+        if name not in results:
+            raise TargetError(
+                f"{name!r} is no format of the result", where=fixed.origin, fix=did_you_mean(name, results)
+            )
+    results = {name: _scale_and_zero(fixed, name) for name in fixed.data}
+    return OpRule(unit, legal, fixed_result=results, numbers=numbers)
+
+
+def _scale_and_zero(table: _Table, name: str) -> tuple[float, int]:
+    qtype, given = table.understood(lambda: parse_qtype(name)), table.data[name]
+    kinds = [type(value) for value in given] if isinstance(given, list) else []
+    if len(kinds) != 2 or kinds[0] not in (int, float) or kinds[1] is not int:
+        raise table.wrong(name, "a list of scale and zero point")
+    scale, zero = float(given[0]), given[1]
+    table.understood(lambda: qparams_from_scale(scale, qtype, zero))
+    return scale, zero
 
 
 def _legal(line: str, entry: _Table) -> LegalFormats:

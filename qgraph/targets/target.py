@@ -44,11 +44,15 @@ class OpRule:
     Args:
         unit: the part of the device that runs it.
         legal: legal combinations of formats.
+        same_scale: whether the result has scale, zero point and format of the first operand.
+        fixed_result: result format to the scale and zero point the device always gives it.
         numbers: whether an operand may be a number instead of codes.
     """
 
     unit: str
     legal: tuple[LegalFormats, ...]
+    same_scale: bool = False
+    fixed_result: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     numbers: bool = True
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:

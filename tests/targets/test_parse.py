@@ -73,6 +73,9 @@ bytes_per_cycle = 8
 """
 
 
+ADD = 'legal = ["int8 -> int8"]\n'
+
+
 def small(old: str = "", new: str = "") -> Target:
     assert old in SMALL
     return parse_target(SMALL.replace(old, new, 1), origin="small.toml")
@@ -116,6 +119,17 @@ def test_legal_formats() -> None:
     add = small().rule("add")
     assert add is not None
     assert add.accepts([qint8, qint8, qint8], qint8), "further operands follow the last column"
+
+
+def test_who_decides_a_results_scale() -> None:
+    kept = small(ADD, ADD + "same_scale = true\n").rule("add")
+    fixed = small(ADD, ADD + "fixed_result = { int8 = [0.00390625, -128] }\n").rule("add")
+    own = small().rule("add")
+    assert kept is not None
+    assert fixed is not None
+    assert own is not None
+    assert (kept.same_scale, fixed.same_scale, own.same_scale) == (True, False, False)
+    assert (kept.fixed_result, fixed.fixed_result, own.fixed_result) == ({}, {"int8": (1 / 256, -128)}, {})
 
 
 def test_the_nearest_legal_lines_come_first() -> None:
@@ -190,6 +204,18 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         ("int16 = 1024", "int16 = 1000", ["cannot have 1000 intervals", "power of two", "[tables]"]),
         ("int16 = 1024", 'int16 = "half"', ["int16 is 'half'", "[tables]"]),
         ("int16 = 1024", "float16 = 1024", ["'float16' is not an integer format", "[tables]"]),
+        # scales that the device decides
+        (ADD, ADD + "same_scal = true\n", ["unknown key 'same_scal'", "did you mean 'same_scale'", "number 2"]),
+        (ADD, ADD + 'same_scale = "yes"\n', ["same_scale is 'yes'", "give true or false"]),
+        (ADD, ADD + "fixed_result = 0.5\n", ["fixed_result is 0.5", "give a table"]),
+        (ADD, ADD + "fixed_result = { in8 = [0.5, 0] }\n", ["'in8' is no format", "did you mean 'int8'"]),
+        (ADD, ADD + "fixed_result = { int16 = [0.5, 0] }\n", ["'int16' is no format of the result", "[fixed_result]"]),
+        (ADD, ADD + "fixed_result = { int8 = 0.5 }\n", ["int8 is 0.5", "a list of scale and zero point"]),
+        (ADD, ADD + "fixed_result = { int8 = [0.5] }\n", ["int8 is [0.5]", "a list of scale and zero point"]),
+        (ADD, ADD + "fixed_result = { int8 = [0.5, 0.0] }\n", ["int8 is [0.5, 0.0]", "scale and zero point"]),
+        (ADD, ADD + "fixed_result = { int8 = [-1, 0] }\n", ["a fixed scale of -1.0", "[fixed_result]"]),
+        (ADD, ADD + "fixed_result = { int8 = [0.5, 128] }\n", ["a zero point of 128 is no code of int8", "127"]),
+        (ADD, ADD + "same_scale = true\nfixed_result = { int8 = [0.5, 0] }\n", ["not both"]),
     ],
 )
 def test_mistakes(old: str, new: str, words: list[str]) -> None:
