@@ -1,0 +1,161 @@
+"""Integer graphs for torch's quantized CPU engines compute torch's codes: no element differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import qgraph
+from qgraph.ir.node_info import info
+from qgraph.quantization import freeze
+from qgraph.simulator import KERNEL_SETS
+from tests.conformance import engine_x86
+from tests.conformance.x86_cases import Chance, assign, input_scale
+
+pytestmark = pytest.mark.skipif(engine_x86.available() is not None, reason=str(engine_x86.available()))
+
+TARGETS = list(engine_x86.ENGINES)
+ROUNDS = 12
+
+Net = tuple[Callable[[], nn.Module], list[tuple[int, ...]]]
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(*inputs)
+
+
+class Residual(nn.Module):
+    """Two convolutions with a short cut, a pool and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 20, 3, 2, 1), nn.BatchNorm2d(20), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.a = nn.Sequential(nn.Conv2d(20, 20, 3, 1, 1, bias=False), nn.BatchNorm2d(20), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(20, 20, 3, 1, 1), nn.BatchNorm2d(20))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        result: torch.Tensor = self.head(F.relu(x + self.b(self.a(x))))
+        return result
+
+
+class Mobile(nn.Module):
+    """An inverted residual whose depthwise convolution has more than 100 groups, and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(16, 104, 1, bias=False), nn.BatchNorm2d(104), nn.ReLU6())
+        self.depth = nn.Sequential(nn.Conv2d(104, 104, 3, 1, 1, groups=104), nn.BatchNorm2d(104), nn.ReLU6())
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(104, 104, 1), nn.ReLU6())
+        self.project = nn.Conv2d(104, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.depth(self.expand(x))
+        return x + self.project(y * self.squeeze(y))  # type: ignore[no-any-return]
+
+
+def conv2d(*args: int, shape: tuple[int, ...] = (2, 6, 9, 7), act: nn.Module | None = None, **options: object) -> Net:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(*args, **options), *([] if act is None else [act]))  # type: ignore[arg-type]
+
+    return make, [shape]
+
+
+def call(function: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> Net:
+    return lambda: Call(function), list(shapes)
+
+
+NETS: dict[str, Net] = {
+    "conv": conv2d(6, 10, 3, padding=1),
+    "conv without bias": conv2d(6, 10, 3, bias=False, stride=2),
+    "conv relu": conv2d(6, 33, 3, padding=2, dilation=2, act=nn.ReLU()),
+    "conv relu6": conv2d(6, 10, (1, 3), act=nn.ReLU6()),
+    "pointwise": conv2d(40, 24, 1, act=nn.ReLU(), shape=(2, 40, 5, 5)),
+    "one channel": conv2d(3, 1, 3, shape=(1, 3, 8, 8)),
+    "grouped": conv2d(12, 24, 3, groups=4, padding=1, shape=(2, 12, 6, 6)),
+    "depthwise 3": conv2d(16, 16, 3, groups=16, padding=1, shape=(2, 16, 9, 8)),
+    "depthwise 5": conv2d(8, 16, 5, groups=8, padding=2, stride=2, shape=(2, 8, 9, 8), act=nn.ReLU()),
+    "depthwise 7": conv2d(8, 8, 7, groups=8, padding=3, bias=False, shape=(1, 8, 9, 8)),
+    "depthwise of 12": conv2d(12, 12, 3, groups=12, padding=1, shape=(1, 12, 9, 8)),
+    "depthwise, valid": conv2d(16, 16, 3, groups=16, shape=(1, 16, 9, 8)),
+    "104 groups": conv2d(104, 104, 3, groups=104, padding=1, shape=(1, 104, 6, 6), act=nn.ReLU6()),
+    "112 groups of 2": conv2d(224, 112, 3, groups=112, padding=1, shape=(1, 224, 4, 4)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(6, 9, 3, padding=1), nn.ReLU()), [(2, 6, 20)]),
+    "linear": (lambda: nn.Linear(50, 17), [(7, 50)]),
+    "linear relu": (lambda: nn.Sequential(nn.Linear(33, 40, bias=False), nn.ReLU()), [(2, 3, 33)]),
+    "linear to one": (lambda: nn.Linear(16, 1), [(9, 16)]),
+    "add": call(torch.add, (2, 7, 5, 5), (2, 7, 5, 5)),
+    "add of rows": call(torch.add, (5, 71), (5, 71)),
+    "add relu": call(lambda x, y: F.relu(x + y), (1, 70, 3, 3), (1, 70, 3, 3)),
+    "add of channels": call(lambda x, y: x + y[..., :1, :1], (2, 70, 5, 5), (2, 70, 5, 5)),
+    "mul": call(torch.mul, (2, 7, 5, 5), (2, 7, 5, 5)),
+    "mul by channels": call(lambda x, y: x * y, (2, 7, 5, 5), (2, 7, 1, 1)),
+    "cat": call(lambda x, y: torch.cat([x, y], 1), (2, 19, 3, 4), (2, 5, 3, 4)),
+    "cat of columns": call(lambda x, y: torch.cat([x, y], 3), (2, 19, 3, 4), (2, 19, 3, 6)),
+    "cat of rows": call(lambda x, y: torch.cat([x, y], -1), (9, 19), (9, 3)),
+    "relu6": call(lambda x: F.relu6(x), (2, 9, 5, 5)),
+    "clamp": call(lambda x: torch.clamp(x, -1.25, 2.125), (2, 9, 5, 5)),
+    "max pool": call(lambda x: F.max_pool2d(x, 3, 2, 1), (2, 9, 9, 8)),
+    "avg pool": call(lambda x: F.avg_pool2d(x, 2), (2, 37, 6, 8)),
+    "avg pool, padded": call(lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), (2, 18, 6, 8)),
+    "avg pool, own counts": call(lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), (2, 18, 7, 8)),
+    "adaptive pool": call(lambda x: F.adaptive_avg_pool2d(x, 1), (2, 37, 6, 7)),
+    "adaptive pool of parts": call(lambda x: F.adaptive_avg_pool2d(x, (3, 2)), (2, 21, 7, 5)),
+    "nearest": call(lambda x: F.interpolate(x, size=(9, 5)), (2, 9, 6, 7)),
+    "twice as large": call(lambda x: F.interpolate(x, scale_factor=2.0), (2, 9, 6, 7)),
+    "moves": call(lambda x: torch.cat([x[:, 1:5].flatten(2), x.transpose(2, 3).chunk(2, 1)[0].flatten(2)], 1), (2, 8, 4, 6)),
+    "two scales": call(lambda x, y: x + F.relu(x * y), (1, 30, 5, 5), (1, 30, 5, 5)),
+    "residual": (Residual, [(2, 3, 32, 32)]),
+    "mobile": (Mobile, [(1, 16, 7, 7)]),
+}
+
+
+@lru_cache(maxsize=4)
+def prepared(name: str, target: str) -> tuple[fx.GraphModule, list[tuple[int, ...]]]:
+    make, shapes = NETS[name]
+    torch.manual_seed(0)
+    return qgraph.prepare(make().eval(), tuple(torch.randn(shape) for shape in shapes), target=target), shapes
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NETS)
+def test_codes_are_those_of_the_engine(name: str, target: str) -> None:
+    graph, shapes = prepared(name, target)
+    compared = 0
+    for seed in range(ROUNDS):
+        chance = Chance(seed, ties=seed % 3 != 0)
+        assign(graph, chance)
+        inputs = tuple(chance.input(shape, input_scale(graph, i)) for i, shape in enumerate(shapes))
+        compared += check_equal(graph, inputs, f"{name} on {target}, seed {seed}")
+    assert compared > ROUNDS
+
+
+def check_equal(graph: fx.GraphModule, inputs: tuple[torch.Tensor, ...], what: str) -> int:
+    """Compares every quantized site on the engine and in every kernel set; the number of sites compared."""
+    frozen, integer = freeze(graph), qgraph.convert(graph)
+    assert not [info(node).float_reason for node in frozen.graph.nodes if info(node).float_reason]
+    expected = engine_x86.run(frozen, inputs)
+    compared = 0
+    for kernels in KERNEL_SETS:
+        ours = qgraph.Simulator(integer, kernels=kernels).run(*inputs, record=True).values
+        shared = [site for site in expected if site in ours and expected[site].dtype is torch.uint8]
+        assert len(shared) >= len(inputs) + 1
+        for site in shared:
+            wrong = int((ours[site] != expected[site]).sum())
+            assert ours[site].shape == expected[site].shape
+            assert wrong == 0, f"{what}, {kernels}: {wrong} of {expected[site].numel()} codes of {site} differ"
+        compared += len(shared)
+    return compared
