@@ -59,6 +59,8 @@ class SumLowering(Lowering):
             return no(f"{target.name} adds no numbers to codes", node)
         if bind(node).option("alpha") != 1:
             return no(f"{target.name} scales no operand of a sum", node)
+        if not rule.broadcasts and shape_of(operands[0]) != shape_of(operands[1]):
+            return no(f"{target.name} adds values of one shape only", node)
         if info(node).op is SUB and not rule.subtracts:
             return no(f"{target.name} has no subtraction", node)
         return yes()

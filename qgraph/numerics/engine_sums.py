@@ -48,10 +48,12 @@ class EngineSum(ABC):
     Attributes:
         name: the word.
         subtracts: whether it also computes differences.
+        broadcasts: whether the operands may have different shapes.
     """
 
     name: ClassVar[str]
     subtracts: ClassVar[bool] = False
+    broadcasts: ClassVar[bool] = True
     accumulator_bits: ClassVar[int] = 64
 
     @abstractmethod
@@ -90,10 +92,11 @@ class AtenAdd(EngineSum):
     """torch's quantized::add of 8-bit codes on one thread.
 
     Elements are taken in memory order, channels_last for four dimensions: 64 at a time by a vector loop, the rest one
-    by one by another formula. Operands of different shapes are added one by one.
+    by one by another formula. Which elements these are for operands of different shapes is not described here.
     """
 
     name = "aten_add"
+    broadcasts = False
     _STEP = 64
 
     def encode(self, x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, sign: float, bits: int) -> AddFactors:
@@ -106,7 +109,9 @@ class AtenAdd(EngineSum):
         alone = [scale * (codes.to(torch.int64) - zero).to(torch.float32) for codes, scale, zero in sides]
         tail = to_int32(torch.round((alone[0] + alone[1]) * factors.result + float(zeros.result)))
         if x.shape != y.shape:
-            return tail
+            raise QuantizationError(
+                f"{self} adds values of shapes {list(x.shape)} and {list(y.shape)}", fix="give operands of one shape"
+            )
         real = [fma32(scale, codes.to(torch.float32), scale * -float(zero)) for codes, scale, zero in sides]
         steps = ((real[0] + real[1]) * factors.result).clamp(-(2.0**31), 2.0**31 - 128)
         body = torch.round(steps).to(torch.int64) + zeros.result
