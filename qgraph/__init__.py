@@ -8,7 +8,7 @@ y = qgraph.Simulator(integer)(x)                      # exactly what the hardwar
 qgraph.draw(integer, "graph.svg")
 """
 
-from qgraph.analysis import SiteConsistency, compare_sites
+from qgraph.analysis import Cause, ConsistencyReport, SiteConsistency, check_consistency, compare_sites
 from qgraph.capture import trace
 from qgraph.errors import (
     CaptureError,
@@ -59,7 +59,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "Cause",
     "CheckLevel",
+    "ConsistencyReport",
     "DeQuantStub",
     "DefaultQconfigSetter",
     "DrawError",
@@ -101,6 +103,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "calibration_8bit_weight_16bit_act_qconfig_setter",
+    "check_consistency",
     "compare_sites",
     "convert",
     "convert_pipeline",

@@ -14,7 +14,7 @@ from tabulate import tabulate
 import qgraph
 from qgraph.errors import QGraphError
 from qgraph.pipeline import REGISTRY
-from qgraph.targets import get_target, list_targets
+from qgraph.targets import Severity, get_target, lint_target, list_targets
 
 app = typer.Typer(
     help="Float PyTorch models to bit-exact integer graphs.",
@@ -70,8 +70,13 @@ def passes() -> None:
 
 
 @app.command()
-def targets() -> None:
-    """List the targets."""
+def targets(
+    lint: Annotated[Path | None, typer.Option(help="Look for contradictions in a target file instead.")] = None,
+) -> None:
+    """List the targets, or check the file of one: exit code 1 if it contradicts itself."""
+    if lint is not None:
+        _lint(lint)
+        return
     rows = []
     for name in list_targets():
         try:
@@ -80,6 +85,16 @@ def targets() -> None:
         except QGraphError as error:
             rows.append((name, f"cannot be loaded: {error.what}", "-"))
     typer.echo(_table(rows, ("target", "description", "operators")))
+
+
+def _lint(path: Path) -> None:
+    findings = lint_target(path)
+    for finding in findings:
+        typer.echo(str(finding))
+    errors = sum(finding.severity is Severity.ERROR for finding in findings)
+    typer.echo(f"{path}: {errors} error(s), {len(findings) - errors} warning(s)")
+    if errors:
+        raise typer.Exit(1)
 
 
 def _table(rows: Sequence[tuple[str, ...]], headers: tuple[str, ...]) -> str:

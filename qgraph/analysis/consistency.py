@@ -5,7 +5,7 @@ Every site is judged alone: it is given exactly what the integer graph gave it, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,42 @@ class SiteConsistency:
         return 1.0 - self.differing / self.elements if self.elements else 1.0
 
 
+@dataclass(frozen=True)
+class SiteRun:
+    """One rounded site in one run of both graphs, given the same integer operands.
+
+    Args:
+        node: the operator's node in the prepared graph.
+        integer: the node that computes its codes.
+        operands, options: what the operator was called with: reals of the integer graph's codes.
+        exact: its float32 result before rounding.
+        simulated: the result as fake quantization rounds it.
+        codes: what the integer graph computes.
+        qparams: parameters of the codes.
+    """
+
+    node: fx.Node
+    integer: fx.Node
+    operands: tuple[Any, ...]
+    options: Mapping[str, Any]
+    exact: torch.Tensor
+    simulated: torch.Tensor
+    codes: torch.Tensor
+    qparams: QParams
+
+    @property
+    def gap(self) -> torch.Tensor:
+        """Difference in codes, float64 of the result's shape."""
+        return (as_codes(self.simulated.double(), self.qparams) - self.codes.double()).abs()
+
+
+def as_codes(values: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """Reals on or off the grid (float64) as unsaturated codes, rounded half to even, float64."""
+    rank = values.dim()
+    scale, zero = (qparams.shaped(value, rank).double() for value in (qparams.scale, qparams.zero_points()))
+    return torch.round(values / scale) + zero
+
+
 def compare_sites(
     prepared: fx.GraphModule,
     integer: fx.GraphModule,
@@ -77,39 +113,58 @@ def compare_sites(
         StateError: a site of `prepared` is not in state VALIDATION.
         UserError: the graphs are not what they should be, or `integer` was not made from `prepared` as it is now.
     """
+    found: list[SiteConsistency] = []
+    visit_sites(prepared, integer, args, kwargs, lambda run: found.append(_compare(run)))
+    return found
+
+
+def visit_sites(
+    prepared: fx.GraphModule,
+    integer: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    visit: Callable[[SiteRun], None],
+) -> None:
+    """Runs both graphs on one batch and shows `visit` every rounded site, in execution order.
+
+    Args, raises: as for `compare_sites`.
+    """
     _check_graphs(prepared, args)
     named = dict(kwargs or {})
     recorded = Simulator(integer).run(*args, record=True, **named).values
-    scales = {info(node).site: info(node).qparams for node in integer.graph.nodes}
-    found: list[SiteConsistency] = []
+    nodes = {info(node).site: node for node in integer.graph.nodes}
+    called: dict[fx.Node, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    seen = False
 
     def call(node: fx.Node, values: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        nonlocal seen
         value = call_node(prepared, node, values, options)
-        source = node.all_input_nodes[0] if info(node).op is FAKE_QUANT else node
+        called[node] = (values, options)
+        rounds = info(node).op is FAKE_QUANT
+        source = node.all_input_nodes[0] if rounds else node
         planned = info(source).plan
-        rounded_here = info(node).op is FAKE_QUANT or (planned is not None and planned.observer == "none")
         site = info(source).site
-        if not rounded_here or site not in recorded:
+        if not (rounds or (planned is not None and planned.observer == "none")) or site not in recorded:
             return value
-        qparams = scales[site]
+        qparams = info(nodes[site]).qparams
         if qparams is None:
             raise InternalError(f"site {site} has codes and no scale")
-        if info(node).op is FAKE_QUANT:
+        if rounds:
             _check_scale(site, module_of(node), qparams)
-        codes = recorded[site]
-        exact = values[0] if info(node).op is FAKE_QUANT else value
-        found.append(_compare(source, exact, value, codes, qparams))
+        codes, exact = recorded[site], values[0] if rounds else value
+        operands, named_options = called.pop(source)
+        visit(SiteRun(source, nodes[site], operands, named_options, exact, value, codes, qparams))
+        seen = True
         return dequantize(codes, qparams)  # downstream sites get what the integer graph gave them
 
     with torch.no_grad():
         evaluate(prepared, args, named, call=call)
-    if not found:
+    if not seen:
         raise UserError(
             "the two graphs have no rounded site in common",
             where=f"{graph_info(prepared).model} and {graph_info(integer).model}",
             fix="compare with what qgraph.convert(prepared) returned",
         )
-    return found
 
 
 def _check_graphs(prepared: fx.GraphModule, args: object) -> None:
@@ -134,20 +189,16 @@ def _check_scale(site: str, quantizer: nn.Module, qparams: QParams) -> None:
         )
 
 
-def _compare(
-    node: fx.Node, exact: torch.Tensor, simulated: torch.Tensor, codes: torch.Tensor, qparams: QParams
-) -> SiteConsistency:
-    scale = qparams.shaped(qparams.scale, simulated.dim()).double()
-    zero = qparams.shaped(qparams.zero_points(), simulated.dim()).double()
-    gap = (torch.round(simulated.double() / scale) + zero - codes.double()).abs()
-    steps = exact.double() / scale
+def _compare(run: SiteRun) -> SiteConsistency:
+    gap = run.gap
+    steps = run.exact.double() / run.qparams.shaped(run.qparams.scale, run.exact.dim()).double()
     to_boundary = (steps - torch.floor(steps) - 0.5).abs()
-    near_tie = (gap == 1) & (to_boundary <= 2.0 ** (qparams.qtype.bits - 20))
-    record = info(node)
+    near_tie = (gap == 1) & (to_boundary <= 2.0 ** (run.qparams.qtype.bits - 20))
+    record = info(run.node)
     return SiteConsistency(
         site=record.site,
         op=record.op.name,
-        format=str(qparams.qtype),
+        format=str(run.qparams.qtype),
         elements=gap.numel(),
         differing=int((gap > 0).sum()),
         near_tie=int(near_tie.sum()),

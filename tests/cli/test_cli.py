@@ -181,3 +181,15 @@ def test_python_m_qgraph(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, f"qgraph {qgraph.__version__}\n"), done.stderr
+
+
+def test_target_files_are_linted(run, tmp_path: Path) -> None:
+    path = tmp_path / "chip.toml"
+    text = (ROOT / "qgraph/targets/bpu.toml").read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+    clean = run("targets", "--lint", str(path))
+    assert (clean.code, clean.out) == (0, f"{path}: 0 error(s), 0 warning(s)\n")
+    path.write_text(text.replace('"int8*int8" = 1024\n', ""), encoding="utf-8")
+    broken = run("targets", "--lint", str(path))
+    assert broken.code == 1
+    assert "no rate for int8*int8" in broken.out
