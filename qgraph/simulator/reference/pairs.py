@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from qgraph.numerics import pair_sums
-from qgraph.simulator.reference.common import along_channels, requantized, wide
+from qgraph.simulator.reference.common import along_channels, wide
+from qgraph.simulator.reference.products import finish_product
 from qgraph.simulator.trace import KernelTrace
 
 
@@ -29,14 +30,12 @@ def conv_pairs(
     zero: int = 0,
     trace: KernelTrace | None = None,
 ) -> torch.Tensor:
-    """`x` uint8 `[N, C, H, W]`, `weight` `[O, 1, h, w]`, O a multiple of C, `bias` float32 `[O]`; result `[N, O, *out]`."""
+    """`x` uint8 `[N, C, H, W]`, `weight` `[O, 1, h, w]`, O a multiple of C, `bias` int32 or float32 `[O]`; result `[N, O, *out]`."""
     filters, _, height, width = weight.shape
     padded = F.pad(wide(x), (padding[1], padding[1], padding[0], padding[0]), value=x_zero)
     windows = padded.unfold(2, height, stride[0]).unfold(3, width, stride[1])
     taps = windows.flatten(-2).repeat_interleave(filters // x.shape[1], 1)
     kernels = wide(weight).flatten(1)
     sums = pair_sums(taps * kernels[:, None, None, :]) - x_zero * kernels.sum(1)[:, None, None]
-    factors = along_channels(multiplier, 2), along_channels(shift, 2)
-    assert factors[0] is not None
-    real_bias = along_channels(bias, 2)
-    return requantized(sums, factors[0], factors[1], arithmetic, low, high, format, zero, trace, real_bias)
+    factors = [along_channels(values, 2) for values in (bias, multiplier, shift)]
+    return finish_product(sums, factors[0], None, *factors[1:], None, arithmetic, low, high, format, zero, trace)
