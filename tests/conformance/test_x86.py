@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import qgraph
+from qgraph.errors import QuantizationError
 from qgraph.ir.node_info import info
 from qgraph.quantization import freeze
 from qgraph.simulator import KERNEL_SETS
+from qgraph.targets import Target, parse_target
 from tests.conformance import engine_x86
 from tests.conformance.x86_cases import Chance, assign, input_scale
+from tools.bench.models import BasicBlock, MobileNetV2, ResNet
 
 pytestmark = [
     pytest.mark.skipif(engine_x86.available() is not None, reason=str(engine_x86.available())),
@@ -161,3 +164,78 @@ def check_equal(graph: fx.GraphModule, inputs: tuple[torch.Tensor, ...], what: s
             assert wrong == 0, f"{what}, {kernels}: {wrong} of {expected[site].numel()} codes of {site} differ"
         compared += len(shared)
     return compared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_whole_networks(name: str, target: str) -> None:
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, (2, 2, 2, 2)) if name == "resnet18" else MobileNetV2()
+    x = torch.randn(2, 3, 64, 64)
+    graph = qgraph.prepare(model.eval(), x, target=target)
+    qgraph.calibrate(graph, [x])
+    assert check_equal(graph, (x,), f"{name} on {target}") > 40
+    chance = Chance(1, ties=True)
+    assign(graph, chance)
+    assert check_equal(graph, (chance.input(tuple(x.shape), input_scale(graph, 0)),), f"{name} on {target}") > 40
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_convolutions_of_any_geometry(target: str) -> None:
+    """Channels, kernels, strides, paddings, dilations and groups at random."""
+    for seed in range(12):
+        chance = Chance(seed, ties=True)
+        groups = (1, 1, 2, 4, 8, 16)[chance.integer(0, 5)]
+        inputs, outputs = groups * chance.integer(1, 3), groups * chance.integer(1, 3)
+        kernel = (chance.integer(1, 5), chance.integer(1, 5))
+        square = chance.integer(0, 1)
+        module = nn.Conv2d(
+            inputs,
+            outputs,
+            kernel[0] if square else kernel,
+            stride=chance.integer(1, 2),
+            padding=chance.integer(0, 2),
+            dilation=chance.integer(1, 2),
+            groups=groups,
+            bias=bool(chance.integer(0, 3)),
+        )
+        net = nn.Sequential(module, [nn.ReLU(), nn.ReLU6(), nn.Identity()][chance.integer(0, 2)]).eval()
+        shape = (chance.integer(1, 2), inputs, chance.integer(9, 14), chance.integer(9, 14))
+        graph = qgraph.prepare(net, torch.randn(shape), target=target)
+        for again in range(3):
+            chance = Chance(100 * seed + again, ties=again > 0)
+            assign(graph, chance)
+            check_equal(graph, (chance.input(shape, input_scale(graph, 0)),), f"{module} on {target}, {seed}, {again}")
+
+
+REFUSED: dict[str, tuple[Net, str]] = {
+    "a product with a number": (call(lambda x: F.relu(x) * 2.5, (2, 8)), "no mul of codes and a number"),
+    "a sum with a number": (call(lambda x: F.relu(x) + 2.5, (2, 8)), "adds no numbers"),
+    "shapes that differ": (call(lambda x, y: x + y, (2, 8, 3, 3), (1, 8, 1, 1)), "of one shape only"),
+    "bilinear": (
+        call(lambda x: F.interpolate(F.relu(x), scale_factor=2.0, mode="bilinear"), (1, 3, 4, 4)),
+        "says nothing of bilinear",
+    ),
+    "one image without batch": (call(lambda x: F.avg_pool2d(F.relu(x), 2), (3, 4, 4)), "batches of images only"),
+    "a mean": (call(lambda x: F.relu(x).mean((2, 3)), (1, 3, 4, 4)), "has no mean"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_words_do_not_describe_stays_in_float(name: str) -> None:
+    (make, shapes), reason = REFUSED[name]
+    graph = qgraph.prepare(make().eval(), tuple(torch.randn(shape) for shape in shapes), target="x86")
+    reasons = [str(info(node).float_reason) for node in graph.graph.nodes if info(node).float_reason]
+    assert any(reason in found for found in reasons), reasons
+
+
+def test_weights_with_one_scale_are_refused() -> None:
+    graph = qgraph.prepare(nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 5, 5), target=one_scale())
+    qgraph.calibrate(graph, [torch.randn(1, 3, 5, 5)])
+    with pytest.raises(QuantizationError, match="one scale for all channels"):
+        qgraph.convert(graph)
+
+
+def one_scale() -> Target:
+    return parse_target('name = "mine"\nbase = "x86"\n[weights]\nper_channel = false', origin="mine.toml")
