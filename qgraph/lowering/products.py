@@ -18,7 +18,15 @@ from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op_table import LINEAR, TRANSPOSED
-from qgraph.lowering.base import Lowering, LoweringContext, bounds, encode_saturating, register_lowering, spatial, sum_rule
+from qgraph.lowering.base import (
+    Lowering,
+    LoweringContext,
+    bounds,
+    encode_saturating,
+    register_lowering,
+    spatial,
+    sum_rule,
+)
 from qgraph.nn import Activation
 from qgraph.numerics import (
     Arithmetic,

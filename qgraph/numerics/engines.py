@@ -109,9 +109,7 @@ class OneDnn(EngineRule):
 
     name = "onednn"
 
-    def stages(
-        self, source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, *, linear: bool
-    ) -> torch.Tensor:
+    def stages(self, source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, *, linear: bool) -> torch.Tensor:
         """What is stored for the scales (float32) of input, weight `[C]` and result; float32 `[3, C]`.
 
         torch hands scales over as reciprocals, which rounds them twice; those of a linear's weight too.

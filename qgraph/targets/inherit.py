@@ -25,7 +25,9 @@ _OPS = "ops"
 
 def built_in_text(name: str) -> tuple[str, str]:
     """Text of a built-in target's file, and how messages call it."""
-    return resources.files("qgraph.targets").joinpath(f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml of qgraph"
+    return resources.files("qgraph.targets").joinpath(f"{name}.toml").read_text(
+        encoding="utf-8"
+    ), f"{name}.toml of qgraph"
 
 
 def read_file(path: Path) -> str:
@@ -66,7 +68,9 @@ def resolved(
     if "base" not in own:
         return own
     if "name" not in own:
-        raise TargetError("the target file lacks 'name'", where=origin, fix="a target with a base has a name of its own")
+        raise TargetError(
+            "the target file lacks 'name'", where=origin, fix="a target with a base has a name of its own"
+        )
     base_text, base_origin, base_folder = _base(own.pop("base"), origin, folder)
     chain = (*seen, origin)
     if base_origin in chain:

@@ -1,8 +1,8 @@
 """A frozen graph on torch's quantized CPU operators: the engines of the targets x86, x86-fbgemm and x86-onednn.
 
-Every value of four dimensions is laid out as channels_last before an operator reads it, every other one as contiguous: the
-layout these targets stand for. Results depend on the number of threads; the adapter uses one. Weights are packed anew
-for each call, because oneDNN's packed weights remember the first operator that used them.
+Every value of four dimensions is laid out as channels_last before an operator reads it, every other one as
+contiguous: the layout these targets stand for. Results depend on the number of threads; the adapter uses one. Weights
+are packed anew for each call, because oneDNN's packed weights remember the first operator that used them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from qgraph.ir.arguments import bind
@@ -189,7 +188,6 @@ def _clamp(node: fx.Node, values: dict[fx.Node, Any]) -> torch.Tensor:
         result: torch.Tensor = torch.ops.quantized.relu6(x, False)
         return result
     return torch.clamp(x, bind(node).option("min"), bind(node).option("max"))
-
 
 
 _OPERATORS: dict[str, Callable[[fx.Node, dict[fx.Node, Any]], torch.Tensor]] = {

@@ -121,7 +121,9 @@ NETS: dict[str, Net] = {
     "adaptive pool of parts": call(lambda x: F.adaptive_avg_pool2d(x, (3, 2)), (2, 21, 7, 5)),
     "nearest": call(lambda x: F.interpolate(x, size=(9, 5)), (2, 9, 6, 7)),
     "twice as large": call(lambda x: F.interpolate(x, scale_factor=2.0), (2, 9, 6, 7)),
-    "moves": call(lambda x: torch.cat([x[:, 1:5].flatten(2), x.transpose(2, 3).chunk(2, 1)[0].flatten(2)], 1), (2, 8, 4, 6)),
+    "moves": call(
+        lambda x: torch.cat([x[:, 1:5].flatten(2), x.transpose(2, 3).chunk(2, 1)[0].flatten(2)], 1), (2, 8, 4, 6)
+    ),
     "two scales": call(lambda x, y: x + F.relu(x * y), (1, 30, 5, 5), (1, 30, 5, 5)),
     "residual": (Residual, [(2, 3, 32, 32)]),
     "mobile": (Mobile, [(1, 16, 7, 7)]),
@@ -212,7 +214,7 @@ def test_convolutions_of_any_geometry(target: str) -> None:
 REFUSED: dict[str, tuple[Net, str]] = {
     "a product with a number": (call(lambda x: F.relu(x) * 2.5, (2, 8)), "no mul of codes and a number"),
     "a sum with a number": (call(lambda x: F.relu(x) + 2.5, (2, 8)), "adds no numbers"),
-    "shapes that differ": (call(lambda x, y: x + y, (2, 8, 3, 3), (1, 8, 1, 1)), "of one shape only"),
+    "shapes that differ": (call(lambda x, y: F.relu(x) + y, (2, 8, 3, 3), (2, 8, 1, 1)), "of one shape only"),
     "bilinear": (
         call(lambda x: F.interpolate(F.relu(x), scale_factor=2.0, mode="bilinear"), (1, 3, 4, 4)),
         "says nothing of bilinear",

@@ -108,7 +108,7 @@ def take_over(graph: fx.GraphModule, scales: list[tuple[float, int, Any]]) -> No
 
 
 def _same_values(ours: Any, theirs: torch.Tensor, within: float) -> None:
-    """Folding a batch norm is float arithmetic, whose last bit depends on the order; so ours are theirs from here on."""
+    """Folding a batch norm is float arithmetic, whose last bit depends on the order; ours are theirs from here on."""
     assert float((ours.detach() - theirs).abs().max()) <= within
     with torch.no_grad():
         ours.copy_(theirs)

@@ -209,7 +209,7 @@ def conv_pairs(
     zero: int = 0,
     counts: Counts,
 ) -> Array:
-    """A depthwise convolution of raw codes: taps in pairs, every pair held in 16 bits, the zero point taken off last."""
+    """A depthwise convolution of raw codes: taps in pairs, every pair held in 16 bits, the zero point off last."""
     filters, _, *kernel = weight.shape
     size = [(x.shape[2 + a] + 2 * padding[a] - kernel[a]) // stride[a] + 1 for a in range(2)]
     pair = Format(16)

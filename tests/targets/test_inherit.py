@@ -83,9 +83,7 @@ def test_a_built_in_target_is_a_base() -> None:
         ("", "", SMALL.replace("[fusion]", "[fusion"), ["not TOML", "small.toml"]),
     ],
 )
-def test_mistakes_are_reported_with_their_file(
-    tmp_path: Path, old: str, new: str, base: str, words: list[str]
-) -> None:
+def test_mistakes_are_reported_with_their_file(tmp_path: Path, old: str, new: str, base: str, words: list[str]) -> None:
     with pytest.raises(TargetError) as raised:
         child(tmp_path, old, new, base)
     message = str(raised.value)
