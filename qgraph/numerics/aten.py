@@ -29,7 +29,10 @@ from qgraph.numerics.float_steps import fma32, whole32
 
 
 class AtenRequantize(EngineRule):
-    """From one scale to another through real numbers. The stored multiplier is `[2]`: scale, reciprocal of the result's."""
+    """From one scale to another through real numbers.
+
+    The stored multiplier is `[2]`: the operand's scale, the reciprocal of the result's.
+    """
 
     name = "aten_requantize"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from qgraph.numerics.formats import QType, qint16
 
@@ -52,4 +53,5 @@ def pair_sums(products: torch.Tensor) -> torch.Tensor:
 def _paired(values: torch.Tensor) -> torch.Tensor:
     """`[*, n]` as `[*, ceil(n / 2), 2]`."""
     odd = values.shape[-1] % 2
-    return torch.nn.functional.pad(values, (0, odd)).unflatten(-1, (-1, 2))
+    paired: torch.Tensor = F.pad(values, (0, odd)).unflatten(-1, (-1, 2))
+    return paired

@@ -286,8 +286,9 @@ def _op_rule(entry: _Table, unit: str) -> OpRule:
             raise TargetError(
                 f"{name!r} is no format of the result", where=fixed.origin, fix=did_you_mean(name, results)
             )
-    results = {name: _scale_and_zero(fixed, name) for name in fixed.data}
-    return OpRule(unit, legal, fixed_result=results, numbers=numbers)
+    return OpRule(
+        unit, legal, fixed_result={name: _scale_and_zero(fixed, name) for name in fixed.data}, numbers=numbers
+    )
 
 
 def _scale_and_zero(table: _Table, name: str) -> tuple[float, int]:

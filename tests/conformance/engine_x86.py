@@ -97,7 +97,8 @@ def _engine(name: str) -> Iterator[None]:
 
 def _value(node: fx.Node, frozen: fx.GraphModule, values: dict[fx.Node, Any]) -> Any:
     record = info(node)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: values[used])
+    args: Any = fx.node.map_arg(node.args, lambda used: values[used])
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda used: values[used])
     if record.op is FAKE_QUANT or record.op.name in ("guard", "dequant_stub"):
         source = args[0]
         return source.dequantize() if record.op.name == "dequant_stub" and source.is_quantized else source

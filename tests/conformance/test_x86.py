@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,15 @@ from torch import fx, nn
 
 import qgraph
 from qgraph.errors import QuantizationError
+from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import info
+from qgraph.nn import Fused
+from qgraph.numerics import quantize
 from qgraph.quantization import freeze
 from qgraph.simulator import KERNEL_SETS
 from qgraph.targets import Target, parse_target
 from tests.conformance import engine_x86
 from tests.conformance.x86_cases import Chance, assign, input_scale
-from tools.bench.models import BasicBlock, MobileNetV2, ResNet
 
 pytestmark = [
     pytest.mark.skipif(engine_x86.available() is not None, reason=str(engine_x86.available())),
@@ -26,7 +30,7 @@ pytestmark = [
 ]
 
 TARGETS = list(engine_x86.ENGINES)
-ROUNDS = 12
+ROUNDS = 6
 
 Net = tuple[Callable[[], nn.Module], list[tuple[int, ...]]]
 
@@ -73,9 +77,9 @@ class Mobile(nn.Module):
         return x + self.project(y * self.squeeze(y))  # type: ignore[no-any-return]
 
 
-def conv2d(*args: int, shape: tuple[int, ...] = (2, 6, 9, 7), act: nn.Module | None = None, **options: object) -> Net:
+def conv2d(*args: Any, shape: tuple[int, ...] = (2, 6, 9, 7), act: nn.Module | None = None, **options: Any) -> Net:
     def make() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(*args, **options), *([] if act is None else [act]))  # type: ignore[arg-type]
+        return nn.Sequential(nn.Conv2d(*args, **options), *([] if act is None else [act]))
 
     return make, [shape]
 
@@ -173,7 +177,8 @@ def check_equal(graph: fx.GraphModule, inputs: tuple[torch.Tensor, ...], what: s
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_whole_networks(name: str, target: str) -> None:
     torch.manual_seed(0)
-    model = ResNet(BasicBlock, (2, 2, 2, 2)) if name == "resnet18" else MobileNetV2()
+    models: Any = import_module("tools.bench.models")
+    model = models.ResNet(models.BasicBlock, (2, 2, 2, 2)) if name == "resnet18" else models.MobileNetV2()
     x = torch.randn(2, 3, 64, 64)
     graph = qgraph.prepare(model.eval(), x, target=target)
     qgraph.calibrate(graph, [x])
@@ -209,6 +214,28 @@ def test_convolutions_of_any_geometry(target: str) -> None:
             chance = Chance(100 * seed + again, ties=again > 0)
             assign(graph, chance)
             check_equal(graph, (chance.input(shape, input_scale(graph, 0)),), f"{module} on {target}, {seed}, {again}")
+
+
+@pytest.mark.parametrize(("name", "target"), [("depthwise 3", "x86-fbgemm"), ("104 groups", "x86")])
+def test_pairs_saturate_only_where_weights_are_large(name: str, target: str) -> None:
+    graph, shapes = prepared(name, target)
+    chance = Chance(0, ties=False)
+    for reach, operator in ((60, "conv"), (127, "conv_pairs")):
+        assign(graph, chance)
+        fused = next(module for module in graph.modules() if isinstance(module, Fused))
+        _largest_weights(fused, reach)
+        called = [integer_name(node.target) for node in qgraph.convert(graph).graph.nodes]
+        assert operator in called
+        x = chance.input(shapes[0], input_scale(graph, 0)).abs()
+        check_equal(graph, (x,), f"{name}, weights up to {reach}")
+
+
+def _largest_weights(module: Any, reach: int) -> None:
+    codes = quantize(module.weight.detach(), module.weight_fake_quant.observer.known)
+    with torch.no_grad():
+        limited = codes.clamp(-reach, reach)
+        limited[0, 0] = reach
+        module.weight.copy_(limited * module.weight_fake_quant.observer.known.scale.reshape(-1, 1, 1, 1))
 
 
 REFUSED: dict[str, tuple[Net, str]] = {

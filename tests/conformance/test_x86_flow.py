@@ -72,7 +72,7 @@ def scales_of(quantized: fx.GraphModule) -> list[tuple[float, int, Any]]:
         if node.op == "call_function" and node.target is torch.quantize_per_tensor:
             found.append((*(_constant(quantized, arg) for arg in node.args[1:3]), None))
         elif node.op == "call_module" and hasattr(quantized.get_submodule(str(node.target)), "scale"):
-            module = quantized.get_submodule(str(node.target))
+            module: Any = quantized.get_submodule(str(node.target))
             found.append((float(module.scale), int(module.zero_point), module))
         elif node.op == "call_function" and node.target is torch.ops.quantized.add_relu:
             found.append((*(_constant(quantized, arg) for arg in node.args[2:4]), None))
@@ -86,6 +86,7 @@ def _constant(gm: fx.GraphModule, node: fx.Node) -> Any:
 def take_over(graph: fx.GraphModule, scales: list[tuple[float, int, Any]]) -> None:
     """Gives our sites, in the same order, torch's scales, zero points, and weights' scales."""
     left, seen = list(scales), set()
+    module: Any
     for node in graph.graph.nodes:
         users = [module_of(user) for user in node.users if user.op == "call_module"]
         quantizer = next((module for module in users if isinstance(module, FakeQuantize)), None)
@@ -94,7 +95,7 @@ def take_over(graph: fx.GraphModule, scales: list[tuple[float, int, Any]]) -> No
         seen.add(id(quantizer))
         scale, zero, module = left.pop(0)
         quantizer.observer = Given(QParams(torch.tensor(scale), quint8, torch.tensor(zero)))
-        fused = module_of(node) if node.op == "call_module" else None
+        fused: Any = module_of(node) if node.op == "call_module" else None
         assert isinstance(fused, Fused) == (module is not None), info(node).site
         if isinstance(fused, Fused):
             theirs = module.weight()
