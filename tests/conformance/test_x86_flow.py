@@ -86,25 +86,24 @@ def _constant(gm: fx.GraphModule, node: fx.Node) -> Any:
 def take_over(graph: fx.GraphModule, scales: list[tuple[float, int, Any]]) -> None:
     """Gives our sites, in the same order, torch's scales, zero points, and weights' scales."""
     left, seen = list(scales), set()
-    module: Any
     for node in graph.graph.nodes:
         users = [module_of(user) for user in node.users if user.op == "call_module"]
         quantizer = next((module for module in users if isinstance(module, FakeQuantize)), None)
         if quantizer is None or id(quantizer) in seen:
             continue
         seen.add(id(quantizer))
-        scale, zero, module = left.pop(0)
+        scale, zero, theirs_module = left.pop(0)
         quantizer.observer = Given(QParams(torch.tensor(scale), quint8, torch.tensor(zero)))
         fused: Any = module_of(node) if node.op == "call_module" else None
-        assert isinstance(fused, Fused) == (module is not None), info(node).site
+        assert isinstance(fused, Fused) == (theirs_module is not None), info(node).site
         if isinstance(fused, Fused):
-            theirs = module.weight()
+            theirs = theirs_module.weight()
             mine = QParams(theirs.q_per_channel_scales().float(), qint8, axis=0)
             assert isinstance(fused.weight_fake_quant, FakeQuantize)
             fused.weight_fake_quant.observer = Given(mine)
             _same_values(fused.weight, theirs.dequantize(), float(mine.scale.max()))
             assert torch.equal(quantize(fused.weight.detach(), mine), theirs.int_repr())
-            _same_values(fused.bias, module.bias().detach(), 1e-5)
+            _same_values(fused.bias, theirs_module.bias().detach(), 1e-5)
     assert not left
 
 
