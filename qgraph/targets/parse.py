@@ -11,8 +11,10 @@ from qgraph.ir.op_table import OPS
 from qgraph.numerics import (
     Arithmetic,
     Format,
+    QType,
     QuantizeRule,
     Scheme,
+    SegmentForm,
     check_intervals,
     parse_arithmetic,
     parse_format,
@@ -63,7 +65,7 @@ def _target(data: Mapping[str, Any], origin: str) -> Target:
         quantize_rule=_quantize_rule(arithmetic, "quantize"),
         bound_rule=_quantize_rule(arithmetic, "bounds" if "bounds" in arithmetic.data else "quantize"),
         factors=_factors(arithmetic, ops),
-        tables={name: _intervals(tables, name) for name in tables.data},
+        tables={name: _table_form(tables, name) for name in tables.data},
         weight_bits=int(sampling.number("weight_bits", whole=True)),
         arithmetic=_steps(arithmetic, ops),
         ops=ops,
@@ -229,13 +231,33 @@ def _arithmetic(table: _Table, step: str) -> Arithmetic:
     return table.understood(lambda: parse_arithmetic(word))
 
 
-def _intervals(table: _Table, name: str) -> int | None:
+def _table_form(table: _Table, name: str) -> int | SegmentForm | None:
     qtype = table.understood(lambda: parse_qtype(name))
     if table.data[name] == "full":
         return None
+    if isinstance(table.data[name], dict):
+        return _segments(_Table(table.data[name], f"{table.origin}, {name}"), qtype)
     count = int(table.number(name, whole=True))
     table.understood(lambda: check_intervals(count, qtype))
     return count
+
+
+def _segments(table: _Table, qtype: QType) -> SegmentForm:
+    table.allow({"segments", "entries", "break_points", "fraction_bits"})
+    break_points = table.text("break_points")
+    if break_points not in ("even", "curvature"):
+        raise table.wrong("break_points", '"even" or "curvature"')
+    fraction_bits = table.data.get("fraction_bits", 0)
+    if not isinstance(fraction_bits, int) or isinstance(fraction_bits, bool):
+        raise table.wrong("fraction_bits", "a whole number")
+
+    def form() -> SegmentForm:
+        segments, entries = (int(table.number(key, whole=True)) for key in ("segments", "entries"))
+        made = SegmentForm(segments, entries, break_points == "curvature", fraction_bits)
+        made.check(qtype)
+        return made
+
+    return table.understood(form)
 
 
 def _units(table: _Table) -> dict[str, dict[str, float]]:

@@ -124,6 +124,7 @@ NETS: dict[str, Net] = {
     "adaptive pool": call(lambda x: F.adaptive_avg_pool2d(x, 1), (2, 37, 6, 7)),
     "adaptive pool of parts": call(lambda x: F.adaptive_avg_pool2d(x, (3, 2)), (2, 21, 7, 5)),
     "nearest": call(lambda x: F.interpolate(x, size=(9, 5)), (2, 9, 6, 7)),
+    "nearest exactly": call(lambda x: F.interpolate(x, size=(4, 9), mode="nearest-exact"), (2, 9, 6, 7)),
     "twice as large": call(lambda x: F.interpolate(x, scale_factor=2.0), (2, 9, 6, 7)),
     "moves": call(
         lambda x: torch.cat([x[:, 1:5].flatten(2), x.transpose(2, 3).chunk(2, 1)[0].flatten(2)], 1), (2, 8, 4, 6)
@@ -244,7 +245,7 @@ REFUSED: dict[str, tuple[Net, str]] = {
     "shapes that differ": (call(lambda x, y: F.relu(x) + y, (2, 8, 3, 3), (2, 8, 1, 1)), "of one shape only"),
     "bilinear": (
         call(lambda x: F.interpolate(F.relu(x), scale_factor=2.0, mode="bilinear"), (1, 3, 4, 4)),
-        "says nothing of bilinear",
+        "only copies codes where it resizes",
     ),
     "one image without batch": (call(lambda x: F.avg_pool2d(F.relu(x), 2), (3, 4, 4)), "batches of images only"),
     "a mean": (call(lambda x: F.relu(x).mean((2, 3)), (1, 3, 4, 4)), "has no mean"),

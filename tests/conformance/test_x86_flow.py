@@ -97,13 +97,13 @@ def take_over(graph: fx.GraphModule, scales: list[tuple[float, int, Any]]) -> No
         fused: Any = module_of(node) if node.op == "call_module" else None
         assert isinstance(fused, Fused) == (theirs_module is not None), info(node).site
         if isinstance(fused, Fused):
-            theirs = theirs_module.weight()
+            theirs, theirs_bias = theirs_module.weight(), theirs_module.bias().detach()
             mine = QParams(theirs.q_per_channel_scales().float(), qint8, axis=0)
             assert isinstance(fused.weight_fake_quant, FakeQuantize)
             fused.weight_fake_quant.observer = Given(mine)
             _same_values(fused.weight, theirs.dequantize(), float(mine.scale.max()))
             assert torch.equal(quantize(fused.weight.detach(), mine), theirs.int_repr())
-            _same_values(fused.bias, theirs_module.bias().detach(), 1e-5)
+            _same_values(fused.bias, theirs_bias, 1e-5)
     assert not left
 
 
