@@ -1,6 +1,6 @@
 """Lowering of functions of one value.
 
-f(x)            qz = table[qx], full or interpolated as the target has it
+f(x)            qz = table[qx], full or interpolated as the target has it; torch has a second table for its scalar loop
 floor, sign     qz = values[number of thresholds not above qx]        exact: no table between entries holds a jump
 """
 
@@ -15,7 +15,7 @@ from qgraph.errors import InternalError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
 from qgraph.lowering.base import Lowering, LoweringContext, is_number, register_lowering
-from qgraph.numerics import SegmentForm, build_segments, build_steps, build_table
+from qgraph.numerics import SegmentForm, TwoTables, build_segments, build_steps, build_table, has_two_tables, two_tables
 from qgraph.numerics.tables import ScalarFunction
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
@@ -29,10 +29,22 @@ class TableLowering(Lowering):
             return no(f"the op table gives no function for {info(node).op}", node)
         if any(isinstance(option, fx.Node) for option in bind(node).options().values()):
             return no("an option is computed in the forward", node)
+        if _has_two_tables(target) and not has_two_tables(info(node).op.name, bind(node).options()):
+            return no(f"torch computes no such {info(node).op} of codes", node)
         return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        return table_call(node, bind(node).operand("input"), _scalar_function(node), ctx)
+        x = bind(node).operand("input")
+        source = ctx.qparams(x)
+        if isinstance(ctx.target.table_form(source.qtype), TwoTables):
+            made = two_tables(info(node).op.name, bind(node).options(), source, ctx.qparams(node))
+            tables = ctx.tensor(node, "tables", made)
+            return ctx.integer("lookup_two", x, tables, like=node, source=str(source.qtype))
+        return table_call(node, x, _scalar_function(node), ctx)
+
+
+def _has_two_tables(target: Target) -> bool:
+    return any(isinstance(form, TwoTables) for form in target.tables.values())
 
 
 class PowLowering(Lowering):
@@ -66,6 +78,8 @@ def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: Lowerin
     """`function` of the codes of `x`, as a lookup in a table of the target's form."""
     source, result = ctx.qparams(x), ctx.qparams(node)
     form = ctx.target.table_form(source.qtype)
+    if isinstance(form, TwoTables):
+        raise InternalError("a target of torch's tables computes a function torch has no kernel for", where=where(node))
     if not isinstance(form, SegmentForm):
         table = ctx.tensor(node, "table", build_table(function, source, result, entries=form))
         return ctx.integer("lookup", x, table, like=node, source=str(source.qtype))

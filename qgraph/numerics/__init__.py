@@ -6,7 +6,8 @@ simulator, fake quantization and the written specification must agree bit for bi
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
 from qgraph.numerics.aten import AtenCat, AtenPool, AtenRequantize
-from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
+from qgraph.numerics.aten_functions import TwoTables, has_two_tables, two_tables
+from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros, in_vector_loop
 from qgraph.numerics.engines import EngineRule, Fbgemm, OneDnn
 from qgraph.numerics.factor import Factor
 from qgraph.numerics.formats import (
@@ -72,6 +73,7 @@ __all__ = [
     "Scheme",
     "SegmentForm",
     "SegmentTable",
+    "TwoTables",
     "Zeros",
     "as_format",
     "bias_codes",
@@ -87,6 +89,8 @@ __all__ = [
     "fake_quantize",
     "float16",
     "float32",
+    "has_two_tables",
+    "in_vector_loop",
     "lookup",
     "lookup_segments",
     "pair_sums",
@@ -105,4 +109,5 @@ __all__ = [
     "quint8",
     "round_float",
     "rounding_shift_right",
+    "two_tables",
 ]

@@ -22,6 +22,8 @@ from qgraph.errors import QuantizationError
 from qgraph.numerics.engines import multiply_by_multiplier, quantize_multiplier
 from qgraph.numerics.float_steps import fma32, to_int32, wrap32
 
+_CODES_AT_ONCE = 64
+
 
 @dataclass(frozen=True, eq=False)
 class AddFactors:
@@ -97,7 +99,6 @@ class AtenAdd(EngineSum):
 
     name = "aten_add"
     broadcasts = False
-    _STEP = 64
 
     def encode(self, x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, sign: float, bits: int) -> AddFactors:
         _refuse_difference(sign, self)
@@ -115,16 +116,17 @@ class AtenAdd(EngineSum):
         real = [fma32(scale, codes.to(torch.float32), scale * -float(zero)) for codes, scale, zero in sides]
         steps = ((real[0] + real[1]) * factors.result).clamp(-(2.0**31), 2.0**31 - 128)
         body = torch.round(steps).to(torch.int64) + zeros.result
-        return torch.where(self._in_body(x), body, tail)
+        return torch.where(in_vector_loop(x), body, tail)
 
-    def _in_body(self, x: torch.Tensor) -> torch.Tensor:
-        """Which elements the vector loop takes, bool of `x`'s shape."""
-        whole = x.numel() // self._STEP * self._STEP
-        inside = torch.arange(x.numel(), device=x.device) < whole
-        if x.dim() != 4:
-            return inside.reshape(x.shape)
-        batch, channels, height, width = x.shape
-        return inside.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+def in_vector_loop(x: torch.Tensor) -> torch.Tensor:
+    """Which elements torch's vector loop of 64 codes takes on one thread, bool of `x`'s shape."""
+    whole = x.numel() // _CODES_AT_ONCE * _CODES_AT_ONCE
+    inside = torch.arange(x.numel(), device=x.device) < whole
+    if x.dim() != 4:
+        return inside.reshape(x.shape)
+    batch, channels, height, width = x.shape
+    return inside.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class TfliteAdd(EngineSum):

@@ -15,6 +15,7 @@ from qgraph.numerics import (
     QuantizeRule,
     Scheme,
     SegmentForm,
+    TwoTables,
     check_intervals,
     parse_arithmetic,
     parse_format,
@@ -23,7 +24,7 @@ from qgraph.numerics import (
     qparams_from_scale,
 )
 from qgraph.targets.inherit import resolved
-from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, Target
+from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, TableForm, Target
 
 _Parsed = TypeVar("_Parsed")
 
@@ -231,10 +232,12 @@ def _arithmetic(table: _Table, step: str) -> Arithmetic:
     return table.understood(lambda: parse_arithmetic(word))
 
 
-def _table_form(table: _Table, name: str) -> int | SegmentForm | None:
+def _table_form(table: _Table, name: str) -> TableForm:
     qtype = table.understood(lambda: parse_qtype(name))
     if table.data[name] == "full":
         return None
+    if table.data[name] == str(TwoTables()):
+        return TwoTables()
     if isinstance(table.data[name], dict):
         return _segments(_Table(table.data[name], f"{table.origin}, {name}"), qtype)
     count = int(table.number(name, whole=True))

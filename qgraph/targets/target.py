@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
 from qgraph.errors import TargetError, did_you_mean
-from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, SegmentForm
+from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, SegmentForm, TwoTables
 
 RECIPROCAL_FACTORS = "float32_reciprocal"
 FACTORS = ("float32", "float64", RECIPROCAL_FACTORS)
+
+TableForm: TypeAlias = int | SegmentForm | TwoTables | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Target:
     quantize_rule: QuantizeRule
     bound_rule: QuantizeRule
     factors: Mapping[str, str]
-    tables: Mapping[str, int | SegmentForm | None]
+    tables: Mapping[str, TableForm]
     weight_bits: int
     arithmetic: Mapping[str, Arithmetic]
     ops: Mapping[str, OpRule]
@@ -188,7 +191,7 @@ class Target:
         divisor = result.to(dtype)
         return (total * (1.0 / divisor) if word == RECIPROCAL_FACTORS else total / divisor).double()
 
-    def table_form(self, source: QType) -> int | SegmentForm | None:
+    def table_form(self, source: QType) -> TableForm:
         """Form of a function table for this input format, as in `tables`.
 
         Raises:

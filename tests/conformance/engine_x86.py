@@ -42,9 +42,27 @@ _MOVES = frozenset(
         "narrow",
     }
 )
-_OWN = frozenset({"relu", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate"})
+_OWN = frozenset(
+    {"relu", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate", "sigmoid", "hardsigmoid", "tanh", "gelu"}
+)
 SUPPORTED = frozenset(
-    {"conv1d", "conv2d", "linear", "add", "mul", "cat", "relu6", "clamp", "quant_stub", "item"} | _MOVES | _OWN
+    {
+        "conv1d",
+        "conv2d",
+        "linear",
+        "add",
+        "mul",
+        "cat",
+        "relu6",
+        "clamp",
+        "quant_stub",
+        "item",
+        "hardswish",
+        "leaky_relu",
+        "elu",
+    }
+    | _MOVES
+    | _OWN
 )
 
 
@@ -191,6 +209,15 @@ def _clamp(node: fx.Node, values: dict[fx.Node, Any]) -> torch.Tensor:
     return torch.clamp(x, bind(node).option("min"), bind(node).option("max"))
 
 
+def _function(node: fx.Node, values: dict[fx.Node, Any]) -> torch.Tensor:
+    (x,), bound, result = _operands(node, values), bind(node), _result(node)
+    if info(node).op.name == "leaky_relu":
+        y: torch.Tensor = torch.ops.quantized.leaky_relu(x, bound.option("negative_slope"), False, *result)
+    else:
+        y = torch.ops.quantized.hardswish(x, *result)
+    return y
+
+
 _OPERATORS: dict[str, Callable[[fx.Node, dict[fx.Node, Any]], torch.Tensor]] = {
     "quant_stub": _quant_stub,
     "conv1d": _product,
@@ -200,5 +227,7 @@ _OPERATORS: dict[str, Callable[[fx.Node, dict[fx.Node, Any]], torch.Tensor]] = {
     "mul": _binary("mul"),
     "cat": _cat,
     "relu6": _clamp,
+    "hardswish": _function,
+    "leaky_relu": _function,
     "clamp": _clamp,
 }

@@ -126,6 +126,12 @@ NETS: dict[str, Net] = {
     "nearest": call(lambda x: F.interpolate(x, size=(9, 5)), (2, 9, 6, 7)),
     "nearest exactly": call(lambda x: F.interpolate(x, size=(4, 9), mode="nearest-exact"), (2, 9, 6, 7)),
     "twice as large": call(lambda x: F.interpolate(x, scale_factor=2.0), (2, 9, 6, 7)),
+    "sigmoid": call(torch.sigmoid, (2, 71)),
+    "hardsigmoid": call(lambda x: F.hardsigmoid(x), (1, 9, 5, 5)),
+    "tanh": call(torch.tanh, (1, 9, 5, 5)),
+    "gelu": call(lambda x: F.gelu(x), (3, 70)),
+    "hardswish": call(lambda x: F.hardswish(x), (2, 9, 5, 5)),
+    "leaky relu": call(lambda x: F.leaky_relu(x, 0.25), (2, 9, 5, 5)),
     "moves": call(
         lambda x: torch.cat([x[:, 1:5].flatten(2), x.transpose(2, 3).chunk(2, 1)[0].flatten(2)], 1), (2, 8, 4, 6)
     ),
@@ -248,6 +254,8 @@ REFUSED: dict[str, tuple[Net, str]] = {
         "only copies codes where it resizes",
     ),
     "one image without batch": (call(lambda x: F.avg_pool2d(F.relu(x), 2), (3, 4, 4)), "batches of images only"),
+    "gelu by tanh": (call(lambda x: F.gelu(F.relu(x), approximate="tanh"), (3, 4)), "no such gelu"),
+    "elu": (call(lambda x: F.elu(F.relu(x)), (3, 4)), "has no elu"),
     "a mean": (call(lambda x: F.relu(x).mean((2, 3)), (1, 3, 4, 4)), "has no mean"),
 }
 

@@ -101,8 +101,9 @@ def take_over(graph: fx.GraphModule, scales: list[tuple[float, int, Any]]) -> No
             mine = QParams(theirs.q_per_channel_scales().float(), qint8, axis=0)
             assert isinstance(fused.weight_fake_quant, FakeQuantize)
             fused.weight_fake_quant.observer = Given(mine)
-            _same_values(fused.weight, theirs.dequantize(), float(mine.scale.max()))
-            assert torch.equal(quantize(fused.weight.detach(), mine), theirs.int_repr())
+            weight: Any = fused.weight
+            _same_values(weight, theirs.dequantize(), float(mine.scale.max()))
+            assert torch.equal(quantize(weight.detach(), mine), theirs.int_repr())
             _same_values(fused.bias, theirs_bias, 1e-5)
     assert not left
 

@@ -66,7 +66,9 @@ class Chance:
 def assign(prepared: fx.GraphModule, chance: Chance) -> None:
     """Gives every site a scale and zero point, and every weight and bias values."""
     for module in prepared.modules():
-        if isinstance(module, FakeQuantize) and not isinstance(module, WeightFakeQuantize):
+        if isinstance(module, WeightFakeQuantize) or (isinstance(module, FakeQuantize) and module.fixed_scale):
+            continue
+        if isinstance(module, FakeQuantize):
             zero = torch.tensor(chance.integer(0, 255) if chance.integer(0, 1) else 2 * chance.integer(40, 90) + 1)
             module.observer = Given(QParams(chance.scales(1, 0.06)[0], quint8, zero))
     for module in prepared.modules():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize
-from qgraph.simulator.reference.functions import compare, lookup_segments, lookup_steps, prelu
+from qgraph.simulator.reference.functions import compare, lookup_segments, lookup_steps, lookup_two, prelu
 from qgraph.simulator.reference.ordering import arg_extreme, cumsum, fold, order, unfold
 from qgraph.simulator.reference.pairs import conv_pairs
 from qgraph.simulator.reference.products import conv, linear, matmul
@@ -32,6 +32,7 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "lookup": lookup,
     "lookup_segments": lookup_segments,
     "lookup_steps": lookup_steps,
+    "lookup_two": lookup_two,
     "matmul": matmul,
     "max_pool": max_pool,
     "mul": mul,
