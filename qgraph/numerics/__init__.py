@@ -30,6 +30,7 @@ from qgraph.numerics.qparams import QParams, Scheme, choose_qparams, qparams_fro
 from qgraph.numerics.quantize import (
     RECIPROCAL,
     QuantizeRule,
+    ZeroPoint,
     bias_codes,
     dequantize,
     fake_quantize,
@@ -74,6 +75,7 @@ __all__ = [
     "SegmentForm",
     "SegmentTable",
     "TwoTables",
+    "ZeroPoint",
     "Zeros",
     "as_format",
     "bias_codes",
