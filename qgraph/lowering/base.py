@@ -36,6 +36,7 @@ from qgraph.numerics import (
     Rule,
     ScalarFunction,
     SegmentForm,
+    TwoTables,
     build_table,
 )
 from qgraph.rewrite import Verdict, no, yes
@@ -125,8 +126,8 @@ class LoweringContext:
         return self.target.factor(info(node).op.name, *scales, result=result)
 
     def bounds(self, result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-        """As `bounds`, with the target's way to quantize."""
-        return bounds(result, low, high, self.target.quantize_rule)
+        """As `bounds`, with the target's way to quantize a bound."""
+        return bounds(result, low, high, self.target.bound_rule)
 
     def table(self, function: ScalarFunction, source: QParams, result: QParams) -> torch.Tensor:
         """The target's table of a function of one value, full or of even intervals.
@@ -135,8 +136,8 @@ class LoweringContext:
             TargetError: the target's tables of this format have another form.
         """
         functions, form = self.target.functions, self.target.table_form(source.qtype)
-        if isinstance(form, SegmentForm):
-            raise TargetError(f"function tables of {self.target.name} for {source.qtype} have segments")
+        if isinstance(form, (SegmentForm, TwoTables)):
+            raise TargetError(f"function tables of {self.target.name} for {source.qtype} are neither full nor even")
         return build_table(
             function,
             source,
@@ -177,7 +178,8 @@ def bounds(
     limits = {"low": qtype.qmin, "high": qtype.qmax}
     for name, value in (("low", low), ("high", high)):
         if value is not None and abs(value) != float("inf"):
-            code = rule.steps(torch.tensor(value, dtype=torch.float32), result.scale.cpu()).item() + result.zero
+            zero = result.zero_points().flatten()[0].cpu()
+            code = rule.codes(torch.tensor(value, dtype=torch.float32), result.scale.cpu(), zero).item()
             limits[name] = int(min(max(code, qtype.qmin), qtype.qmax))
     return {**limits, "format": str(qtype)}
 
@@ -213,6 +215,12 @@ def check_float_tensors(node: fx.Node) -> Verdict:
         if theirs is None or theirs.dtype is not torch.float32:
             return no(f"its operand {name} is {info(operand).value or 'unknown'}, not a float32 tensor", node)
     return yes()
+
+
+def takes_numbers(target: Target, op: str) -> bool:
+    """Whether the target computes an operator with a number in place of codes."""
+    rule = target.rule(op)
+    return rule is None or rule.numbers
 
 
 def is_number(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Lowering of functions of one value.
 
-f(x)            qz = table[qx], full or interpolated as the target has it
+f(x)            qz = table[qx], full or interpolated as the target has it; torch has a second table for its scalar loop
 floor, sign     qz = values[number of thresholds not above qx]        exact: no table between entries holds a jump
 """
 
@@ -15,7 +15,16 @@ from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
 from qgraph.lowering.base import Lowering, LoweringContext, bounds, is_number, register_lowering
-from qgraph.numerics import EngineSoftmax, ScalarFunction, SegmentForm, build_segments, build_steps
+from qgraph.numerics import (
+    EngineSoftmax,
+    ScalarFunction,
+    SegmentForm,
+    TwoTables,
+    build_segments,
+    build_steps,
+    has_two_tables,
+    two_tables,
+)
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -28,15 +37,25 @@ class TableLowering(Lowering):
             return no(f"the op table gives no function for {info(node).op}", node)
         if any(isinstance(option, fx.Node) for option in bind(node).options().values()):
             return no("an option is computed in the forward", node)
+        if _has_two_tables(target) and not has_two_tables(info(node).op.name, bind(node).options()):
+            return no(f"torch computes no such {info(node).op} of codes", node)
         return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
         x, make = bound.operand("input"), ctx.target.functions.tables.get(bound.op.name)
+        source, result = ctx.qparams(x), ctx.qparams(node)
+        if isinstance(ctx.target.table_form(source.qtype), TwoTables):
+            tables = ctx.tensor(node, "tables", two_tables(bound.op.name, bound.options(), source, result))
+            return ctx.integer("lookup_two", x, tables, like=node, source=str(source.qtype))
         if make is None:
             return table_call(node, x, _scalar_function(node, ctx.target), ctx)
-        table = ctx.tensor(node, "table", make(ctx.qparams(x), ctx.qparams(node), **bound.options()))
-        return ctx.integer("lookup", x, table, like=node, source=str(ctx.qparams(x).qtype))
+        table = ctx.tensor(node, "table", make(source, result, **bound.options()))
+        return ctx.integer("lookup", x, table, like=node, source=str(source.qtype))
+
+
+def _has_two_tables(target: Target) -> bool:
+    return any(isinstance(form, TwoTables) for form in target.tables.values())
 
 
 class PowLowering(Lowering):
@@ -98,6 +117,8 @@ def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: Lowerin
     """`function` of the codes of `x`, as a lookup in a table of the target's form."""
     source, result = ctx.qparams(x), ctx.qparams(node)
     form = ctx.target.table_form(source.qtype)
+    if isinstance(form, TwoTables):
+        raise InternalError("a target of torch's tables computes a function torch has no kernel for", where=where(node))
     if not isinstance(form, SegmentForm):
         table = ctx.tensor(node, "table", ctx.table(function, source, result))
         return ctx.integer("lookup", x, table, like=node, source=str(source.qtype))

@@ -19,6 +19,7 @@ from qgraph.lowering.base import (
     LoweringContext,
     is_number,
     register_lowering,
+    takes_numbers,
 )
 from qgraph.lowering.elementwise import requantized_to
 from qgraph.numerics import RECIPROCAL
@@ -45,6 +46,8 @@ class PadLowering(Lowering):
             return no("its amounts are computed in the forward", node)
         if value is not None and not is_number(value):
             return no(f"it pads with {value!r}, for which there is no code", node)
+        if value and not takes_numbers(target, info(node).op.name):
+            return no(f"{target.name} pads with zero only", node)
         return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:

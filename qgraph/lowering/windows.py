@@ -23,11 +23,12 @@ from qgraph.lowering.base import (
     LoweringContext,
     batch_is_free,
     bounds,
+    encode_saturating,
     register_lowering,
     shape_of,
     spatial,
 )
-from qgraph.numerics import MeanRule
+from qgraph.numerics import AtenPool, Factor, MeanRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -60,10 +61,21 @@ class MaxPoolLowering(Lowering):
         )
 
 
+def _check_layout(node: fx.Node, target: Target) -> Verdict:
+    """Engines that average channels in memory order know images only."""
+    rule = target.step("product", info(node).op.name).rule
+    if isinstance(rule, AtenPool) and len(shape_of(bind(node).operand("input"))) != 4:
+        return no(f"{target.name} averages batches of images only", node)
+    return yes()
+
+
 class AvgPoolLowering(Lowering):
     """Average pooling; the number of elements counted may differ at the edges."""
 
     def supports(self, node: fx.Node, target: Target) -> Verdict:
+        verdict = _check_layout(node, target)
+        if not verdict:
+            return verdict
         bound, rank = bind(node), _rank(node)
         kernel = spatial(bound.option("kernel_size"), rank)
         padded = any(spatial(bound.option("padding"), rank)) or bound.values.get("divisor_override")
@@ -102,6 +114,9 @@ class AdaptiveAvgPoolLowering(Lowering):
     """Adaptive average pooling: windows of up to two lengths per dimension."""
 
     def supports(self, node: fx.Node, target: Target) -> Verdict:
+        verdict = _check_layout(node, target)
+        if not verdict:
+            return verdict
         return yes() if set(shape_of(node)[-_rank(node) :]) == {1} else _needs_global(node, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
@@ -212,14 +227,16 @@ def _mean_factor(
     node: fx.Node, x: fx.Node, counts: torch.Tensor, step: str, ctx: LoweringContext
 ) -> tuple[fx.Node, fx.Node | None, dict[str, Any]]:
     """Multiplier and shift of a sum divided by `counts`; arithmetic, bounds and zero points."""
-    limits, rule = bounds(ctx.qparams(node)), ctx.step(node, step).rule
-    if isinstance(rule, MeanRule):
+    result, arithmetic = ctx.qparams(node), ctx.step(node, step)
+    rule, zeros = arithmetic.rule, ctx.zeros(node, x=x)
+    if isinstance(rule, AtenPool):
+        factor = Factor(rule.stages(counts), None)
+    elif isinstance(rule, MeanRule):
         factor = rule.encode_mean(ctx.ratio(node, ctx.qparams(x)), counts)
-        zeros = {} if rule.raw else ctx.zeros(node, x=x)
-        return *ctx.factor(node, factor), {"arithmetic": str(ctx.step(node, step)), **limits, **zeros}
-    real = ctx.ratio(node, ctx.qparams(x), divisor=counts)
-    multiplier, shift, arithmetic = ctx.rescale(node, real, step)
-    return multiplier, shift, {"arithmetic": str(arithmetic), **limits, **ctx.zeros(node, x=x)}
+        zeros = {} if rule.raw else zeros
+    else:
+        factor = encode_saturating(rule, ctx.ratio(node, ctx.qparams(x), divisor=counts), result.qtype)
+    return *ctx.factor(node, factor), {"arithmetic": str(arithmetic), **bounds(result), **zeros}
 
 
 def _window_counts(

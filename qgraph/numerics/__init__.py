@@ -5,8 +5,10 @@ simulator, fake quantization and the written specification must agree bit for bi
 """
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
+from qgraph.numerics.aten import AtenCat, AtenPool, AtenRequantize
+from qgraph.numerics.aten_functions import TwoTables, has_two_tables, two_tables
 from qgraph.numerics.engine_softmax import EngineSoftmax
-from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
+from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros, in_vector_loop
 from qgraph.numerics.engines import EngineRule, Fbgemm, MeanRule, OneDnn
 from qgraph.numerics.factor import Factor
 from qgraph.numerics.formats import (
@@ -24,10 +26,12 @@ from qgraph.numerics.formats import (
     qint32,
     quint8,
 )
+from qgraph.numerics.pairs import dispatches_pairs, pair_sums, pairs_may_saturate
 from qgraph.numerics.qparams import QParams, Scheme, choose_qparams, qparams_from_scale
 from qgraph.numerics.quantize import (
     RECIPROCAL,
     QuantizeRule,
+    ZeroPoint,
     bias_codes,
     dequantize,
     fake_quantize,
@@ -50,6 +54,9 @@ __all__ = [
     "RECIPROCAL",
     "AddFactors",
     "Arithmetic",
+    "AtenCat",
+    "AtenPool",
+    "AtenRequantize",
     "EngineRule",
     "EngineSoftmax",
     "EngineSum",
@@ -71,6 +78,8 @@ __all__ = [
     "Scheme",
     "SegmentForm",
     "SegmentTable",
+    "TwoTables",
+    "ZeroPoint",
     "Zeros",
     "as_format",
     "bias_codes",
@@ -80,13 +89,18 @@ __all__ = [
     "check_intervals",
     "choose_qparams",
     "dequantize",
+    "dispatches_pairs",
     "encode_common_shift",
     "encode_fixed_point",
     "fake_quantize",
     "float16",
     "float32",
+    "has_two_tables",
+    "in_vector_loop",
     "lookup",
     "lookup_segments",
+    "pair_sums",
+    "pairs_may_saturate",
     "parse_arithmetic",
     "parse_format",
     "parse_qtype",
@@ -101,4 +115,5 @@ __all__ = [
     "quint8",
     "round_float",
     "rounding_shift_right",
+    "two_tables",
 ]

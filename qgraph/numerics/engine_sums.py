@@ -22,6 +22,8 @@ from qgraph.errors import QuantizationError
 from qgraph.numerics.engines import multiply_by_multiplier, quantize_multiplier
 from qgraph.numerics.float_steps import fma32, to_int32, wrap32
 
+_CODES_AT_ONCE = 64
+
 
 @dataclass(frozen=True, eq=False)
 class AddFactors:
@@ -48,10 +50,12 @@ class EngineSum(ABC):
     Attributes:
         name: the word.
         subtracts: whether it also computes differences.
+        broadcasts: whether the operands may have different shapes.
     """
 
     name: ClassVar[str]
     subtracts: ClassVar[bool] = False
+    broadcasts: ClassVar[bool] = True
     accumulator_bits: ClassVar[int] = 64
 
     @abstractmethod
@@ -90,11 +94,11 @@ class AtenAdd(EngineSum):
     """torch's quantized::add of 8-bit codes on one thread.
 
     Elements are taken in memory order, channels_last for four dimensions: 64 at a time by a vector loop, the rest one
-    by one by another formula. Operands of different shapes are added one by one.
+    by one by another formula. Which elements these are for operands of different shapes is not described here.
     """
 
     name = "aten_add"
-    _STEP = 64
+    broadcasts = False
 
     def encode(self, x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, sign: float, bits: int) -> AddFactors:
         _refuse_difference(sign, self)
@@ -106,20 +110,23 @@ class AtenAdd(EngineSum):
         alone = [scale * (codes.to(torch.int64) - zero).to(torch.float32) for codes, scale, zero in sides]
         tail = to_int32(torch.round((alone[0] + alone[1]) * factors.result + float(zeros.result)))
         if x.shape != y.shape:
-            return tail
+            raise QuantizationError(
+                f"{self} adds values of shapes {list(x.shape)} and {list(y.shape)}", fix="give operands of one shape"
+            )
         real = [fma32(scale, codes.to(torch.float32), scale * -float(zero)) for codes, scale, zero in sides]
         steps = ((real[0] + real[1]) * factors.result).clamp(-(2.0**31), 2.0**31 - 128)
         body = torch.round(steps).to(torch.int64) + zeros.result
-        return torch.where(self._in_body(x), body, tail)
+        return torch.where(in_vector_loop(x), body, tail)
 
-    def _in_body(self, x: torch.Tensor) -> torch.Tensor:
-        """Which elements the vector loop takes, bool of `x`'s shape."""
-        whole = x.numel() // self._STEP * self._STEP
-        inside = torch.arange(x.numel(), device=x.device) < whole
-        if x.dim() != 4:
-            return inside.reshape(x.shape)
-        batch, channels, height, width = x.shape
-        return inside.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+def in_vector_loop(x: torch.Tensor) -> torch.Tensor:
+    """Which elements torch's vector loop of 64 codes takes on one thread, bool of `x`'s shape."""
+    whole = x.numel() // _CODES_AT_ONCE * _CODES_AT_ONCE
+    inside = torch.arange(x.numel(), device=x.device) < whole
+    if x.dim() != 4:
+        return inside.reshape(x.shape)
+    batch, channels, height, width = x.shape
+    return inside.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class TfliteAdd(EngineSum):

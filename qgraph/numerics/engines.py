@@ -1,14 +1,14 @@
 """Rescaling as existing engines do it, step by step; found by experiment and checked against the engines in the tests.
 
 Each rule is one word of the arithmetic (`int32:wrap/gemmlowp`). `acc` is the accumulator, `z` the zero point of the
-result, `fl` one float32 rounding, `rhe` rounds half to even, and `int32()` converts as x86 does.
+result, `fl` one float32 rounding, `rhe` rounds half to even, `int32()` converts as x86 does, `sat32()` saturates.
 
     mlas_mul        onnxruntime QLinearMul
         int32(rhe(fl(fl(fl(acc) * m) + z)))
     fbgemm          torch, fbgemm; b is the bias in steps of the accumulator, float32
         int32(rhe(fl(fl(fl(acc) + b) * m))) + z
     onednn          torch, oneDNN; b is the real bias
-        int32(rhe(fl(fl(t * my) + z))), t = fl(fl(fl(fl(acc) * mx) * mw) + b)
+        sat32(rhe(fl(fl(t * my) + z))), t = fl(fl(fl(fl(acc) * mx) * mw) + b)
     gemmlowp        LiteRT, 32-bit accumulators
         rdbp(srdhm(wrap(acc * 2**max(s, 0)), M), max(-s, 0)) + z
     tflite_int64    LiteRT, 64-bit accumulators
@@ -31,7 +31,7 @@ import torch
 
 from qgraph.errors import QuantizationError
 from qgraph.numerics.factor import Factor
-from qgraph.numerics.float_steps import round_half_away, to_int32, wrap32
+from qgraph.numerics.float_steps import round_half_away, to_int32, whole32, wrap32
 
 _MULTIPLIER_BITS = 31
 _SMALLEST_SHIFT = -31
@@ -87,7 +87,7 @@ class MlasMul(EngineRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         return to_int32(torch.round(accumulator.to(torch.float32) * factor.multiplier + float(zero)))
 
 
@@ -113,6 +113,14 @@ class OneDnn(EngineRule):
 
     name = "onednn"
 
+    def stages(self, source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, *, linear: bool) -> torch.Tensor:
+        """What is stored for the scales (float32) of input, weight `[C]` and result; float32 `[3, C]`.
+
+        torch hands scales over as reciprocals, which rounds them twice; those of a linear's weight too.
+        """
+        held = 1.0 / (1.0 / weight) if linear else weight
+        return torch.stack(torch.broadcast_tensors(_rounded_twice(source), held, 1.0 / _rounded_twice(result)))
+
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -120,7 +128,12 @@ class OneDnn(EngineRule):
         real = accumulator.to(torch.float32) * source * weight
         if bias is not None:
             real = real + bias
-        return to_int32(torch.round(real * result + float(zero)))
+        return whole32(real * result + float(zero))
+
+
+def _rounded_twice(scale: torch.Tensor) -> torch.Tensor:
+    """`fl(1 / fl(1 / scale))`, both quotients in float64."""
+    return (1.0 / (1.0 / scale.double()).float().double()).float()
 
 
 class Gemmlowp(EngineRule):
@@ -135,7 +148,7 @@ class Gemmlowp(EngineRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         return multiply_by_multiplier(accumulator, factor.multiplier, factor.shifts()) + zero
 
 
@@ -155,7 +168,7 @@ class TfliteInt64(EngineRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         total = 15 - factor.shifts()
         half = torch.ones_like(total) << (total - 1)
         return wrap32((accumulator * factor.multiplier + half) >> total) + zero
@@ -173,7 +186,7 @@ class TfliteDouble(EngineRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         return to_int32(round_half_away(accumulator.double() * factor.multiplier)) + zero
 
 
@@ -240,7 +253,7 @@ class TfliteAverage(MeanRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         count = factor.multiplier
         size = torch.div(accumulator.abs() + (count >> 1), count, rounding_mode="floor")
         return torch.sign(accumulator) * size + zero
@@ -273,7 +286,12 @@ def rounding_divide(values: torch.Tensor, exponent: torch.Tensor | int) -> torch
     return (values >> amount) + above.to(torch.int64)
 
 
-def _refuse(bias: torch.Tensor | None, rule: EngineRule) -> None:
+def refuse_bias(bias: torch.Tensor | None, rule: EngineRule) -> None:
+    """Refuses a float bias where the engine adds none.
+
+    Raises:
+        QuantizationError: there is one.
+    """
     if bias is not None:
         raise QuantizationError(f"{rule} adds no float bias", fix="give the bias in steps of the accumulator, int32")
 

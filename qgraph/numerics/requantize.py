@@ -20,6 +20,7 @@ from typing import TypeAlias
 import torch
 
 from qgraph.errors import QuantizationError, UserError, did_you_mean
+from qgraph.numerics.aten import ATEN_RULES
 from qgraph.numerics.engine_softmax import ENGINE_SOFTMAXES, EngineSoftmax
 from qgraph.numerics.engine_sums import ENGINE_SUMS, EngineSum
 from qgraph.numerics.engines import ENGINE_RULES, EngineRule
@@ -193,7 +194,7 @@ def parse_rule(text: str) -> Rule:
     Raises:
         UserError: the text names no rule.
     """
-    engines: dict[str, Rule] = {**ENGINE_RULES, **ENGINE_SUMS, **ENGINE_SOFTMAXES}
+    engines: dict[str, Rule] = {**ENGINE_RULES, **ATEN_RULES, **ENGINE_SUMS, **ENGINE_SOFTMAXES}
     if text in engines:
         return engines[text]
     form_name, *rest = text.split(":")

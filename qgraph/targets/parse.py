@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +16,10 @@ from qgraph.numerics import (
     Arithmetic,
     Format,
     QType,
+    QuantizeRule,
     Scheme,
     SegmentForm,
+    TwoTables,
     check_intervals,
     parse_arithmetic,
     parse_format,
@@ -25,26 +27,28 @@ from qgraph.numerics import (
     parse_quantize_rule,
     qparams_from_scale,
 )
-from qgraph.targets.target import FACTORS, Functions, LegalFormats, Memory, OpRule, Target
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from qgraph.targets.inherit import resolved
+from qgraph.targets.target import FACTORS, Functions, LegalFormats, Memory, OpRule, TableForm, Target
 
 _Parsed = TypeVar("_Parsed")
 
 
-def parse_target(text: str, *, origin: str) -> Target:
+def parse_target(text: str, *, origin: str, folder: Path | None = None) -> Target:
     """The target a TOML text describes.
+
+    Args:
+        text: what the file holds.
+        origin: the file, for messages.
+        folder: where the path of a base starts; the current folder if None.
 
     Raises:
         TargetError: malformed TOML, unknown or missing keys, or values that make no sense.
     """
-    try:
-        table = _Table(tomllib.loads(text), origin)
-    except tomllib.TOMLDecodeError as error:
-        raise TargetError("the target file is not TOML", where=origin, why=str(error)) from error
+    return _target(resolved(text, origin, folder, _target), origin)
+
+
+def _target(data: Mapping[str, Any], origin: str) -> Target:
+    table = _Table(data, origin)
     table.allow(KEYS)
     units = _units(table.table("units"))
     activations, weights = table.table("activations"), table.table("weights")
@@ -62,7 +66,9 @@ def parse_target(text: str, *, origin: str) -> Target:
         weight_per_channel=weights.flag("per_channel"),
         bias=weights.understood(lambda: parse_format(weights.text("bias"))),
         residual=fusion.flag("residual"),
-        quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
+        many_groups=_many_groups(table, arithmetic),
+        quantize_rule=_quantize_rule(arithmetic, "quantize"),
+        bound_rule=_quantize_rule(arithmetic, "bounds" if "bounds" in arithmetic.data else "quantize"),
         factors=_factors(arithmetic, ops),
         tables={name: _table_form(tables, name) for name in tables.data},
         functions=_functions(table.table("functions"), ops) if "functions" in table.data else Functions(),
@@ -83,6 +89,7 @@ KEYS = (
     "activations",
     "weights",
     "fusion",
+    "convolution",
     "tables",
     "functions",
     "sampling",
@@ -93,7 +100,7 @@ KEYS = (
 )
 _POSITIONS = ("float32", "integer")
 _FORMAT = re.compile(r"u?int[0-9]+")
-STEPS = ("product", "sum", "sample")  # the lowerings of qgraph need these; others may need more
+STEPS = ("product", "sum")  # the lowerings of qgraph need these; others may need more
 
 
 class _Table:
@@ -182,6 +189,16 @@ def _factors(arithmetic: _Table, ops: Collection[str]) -> dict[str, str]:
     return found
 
 
+def _many_groups(table: _Table, arithmetic: _Table) -> int | None:
+    """How many groups a convolution may have before it takes another step."""
+    if "convolution" not in table.data:
+        return None
+    convolution = table.table("convolution")
+    convolution.allow({"many_groups"})
+    arithmetic.text("many_groups")
+    return int(convolution.number("many_groups", whole=True))
+
+
 def _check_op(name: str, ops: Collection[str], arithmetic: _Table) -> None:
     """Refuses `op.step` where the target has no such operator; `step`, `step.format`, `op.step.format` are others."""
     parts = name.split(".")
@@ -198,7 +215,7 @@ def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
         table.text(step)
     steps = {}
     for name in table.data:
-        if name == "quantize" or name.endswith("factors"):
+        if name in ("quantize", "bounds") or name.endswith("factors"):
             continue
         _check_op(name, ops, table)
         steps[name] = _arithmetic(table, name)
@@ -225,15 +242,22 @@ def _memories(table: _Table) -> dict[str, Memory]:
     return levels
 
 
+def _quantize_rule(table: _Table, key: str) -> QuantizeRule:
+    word = table.text(key)
+    return table.understood(lambda: parse_quantize_rule(word))
+
+
 def _arithmetic(table: _Table, step: str) -> Arithmetic:
     word = table.text(step)
     return table.understood(lambda: parse_arithmetic(word))
 
 
-def _table_form(table: _Table, name: str) -> int | SegmentForm | None:
+def _table_form(table: _Table, name: str) -> TableForm:
     qtype = table.understood(lambda: parse_qtype(name))
     if table.data[name] == "full":
         return None
+    if table.data[name] == str(TwoTables()):
+        return TwoTables()
     if isinstance(table.data[name], dict):
         return _segments(_Table(table.data[name], f"{table.origin}, {name}"), qtype)
     count = int(table.number(name, whole=True))
@@ -315,7 +339,7 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal", "global_only", "same_scale", "fixed_result"})
+        entry.allow({"names", "unit", "legal", "numbers", "global_only", "same_scale", "fixed_result"})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
@@ -334,8 +358,9 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
 def _op_rule(entry: _Table, unit: str) -> OpRule:
     legal = tuple(_legal(line, entry) for line in entry.texts("legal"))
     same, whole = (name in entry.data and entry.flag(name) for name in ("same_scale", "global_only"))
+    numbers = entry.flag("numbers") if "numbers" in entry.data else True
     if "fixed_result" not in entry.data:
-        return OpRule(unit, legal, global_only=whole, same_scale=same)
+        return OpRule(unit, legal, global_only=whole, same_scale=same, numbers=numbers)
     if same:
         raise TargetError(
             "a result keeps its operand's scale and has a fixed one",
@@ -349,7 +374,11 @@ def _op_rule(entry: _Table, unit: str) -> OpRule:
                 f"{name!r} is no format of the result", where=fixed.origin, fix=did_you_mean(name, results)
             )
     return OpRule(
-        unit, legal, global_only=whole, fixed_result={name: _scale_and_zero(fixed, name) for name in fixed.data}
+        unit,
+        legal,
+        global_only=whole,
+        fixed_result={name: _scale_and_zero(fixed, name) for name in fixed.data},
+        numbers=numbers,
     )
 
 

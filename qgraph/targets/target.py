@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
 from qgraph.errors import TargetError, did_you_mean
-from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, SegmentForm
+from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, SegmentForm, TwoTables
 
 RECIPROCAL_FACTORS = "float32_reciprocal"
 PRODUCT_FACTORS = "float32_product"
 FACTORS = ("float32", "float64", RECIPROCAL_FACTORS, PRODUCT_FACTORS)
+
+TableForm: TypeAlias = int | SegmentForm | TwoTables | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class OpRule:
         same_scale: whether the result has scale, zero point and format of the first operand.
         fixed_result: result format to the scale and zero point the device always gives it.
         global_only: an average runs only over all of a channel's positions, with one result each.
+        numbers: whether an operand may be a number instead of codes.
     """
 
     unit: str
@@ -55,6 +59,7 @@ class OpRule:
     same_scale: bool = False
     fixed_result: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     global_only: bool = False
+    numbers: bool = True
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""
@@ -107,7 +112,9 @@ class Target:
         weight_per_channel: whether weights have a scale per output channel.
         bias: format of a bias.
         residual: whether a convolution or linear adds another value before it rescales.
+        many_groups: a convolution of more groups takes the step `many_groups` instead of `product`; None if none does.
         quantize_rule: how real numbers become codes.
+        bound_rule: how the bounds of clamps and activations become codes.
         factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
         tables: form of a function table by input format: None for one entry per code, a number of even intervals, or
             segments.
@@ -130,9 +137,11 @@ class Target:
     weight_per_channel: bool
     bias: Format
     residual: bool
+    many_groups: int | None
     quantize_rule: QuantizeRule
+    bound_rule: QuantizeRule
     factors: Mapping[str, str]
-    tables: Mapping[str, int | SegmentForm | None]
+    tables: Mapping[str, TableForm]
     weight_bits: int
     integer_positions: bool
     arithmetic: Mapping[str, Arithmetic]
@@ -209,7 +218,7 @@ class Target:
         divisor = result if word == PRODUCT_FACTORS else result.to(dtype)
         return (total * (1.0 / divisor) if word == RECIPROCAL_FACTORS else total / divisor).double()
 
-    def table_form(self, source: QType) -> int | SegmentForm | None:
+    def table_form(self, source: QType) -> TableForm:
         """Form of a function table for this input format, as in `tables`.
 
         Raises:

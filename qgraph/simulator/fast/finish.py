@@ -18,6 +18,8 @@ import torch
 
 from qgraph.numerics import (
     Arithmetic,
+    AtenCat,
+    AtenPool,
     EngineSoftmax,
     EngineSum,
     Factor,
@@ -104,6 +106,8 @@ class Finish:
             return rule, shift, None
         if isinstance(rule, (EngineSum, EngineSoftmax)):
             raise NoFastForm(f"{rule} rescales no single products")
+        if isinstance(rule, (AtenCat, AtenPool)):
+            raise NoFastForm(f"{rule} rescales channels of images differently")
         same = None
         if not self.is_sum and self.real_bias is None:
             same = general_form(rule, self.terms[0], shift, self.zero)

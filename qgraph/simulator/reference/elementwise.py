@@ -37,8 +37,8 @@ def quantize(
     """Codes of real numbers `x` (any shape): `saturate(round(x / scale) + zero)`; `rounding` says how in float32."""
     qtype, rule = parse_qtype(format), parse_quantize_rule(rounding)
     if trace is not None:
-        unbounded = rule.steps(x.to(torch.float32), scale) + zero
-        trace.saturated += int((~qtype.contains(unbounded.double())).sum())
+        unbounded = rule.codes(x.to(torch.float32), scale, torch.full_like(scale, zero))
+        trace.saturated += int((~qtype.contains(unbounded.double()) | x.isnan()).sum())
     return quantize_values(x, QParams(scale, qtype, torch.full_like(scale, zero, dtype=torch.int64)), rule)
 
 
