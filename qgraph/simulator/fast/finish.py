@@ -18,6 +18,7 @@ import torch
 
 from qgraph.numerics import (
     Arithmetic,
+    EngineSoftmax,
     EngineSum,
     Factor,
     QType,
@@ -101,8 +102,8 @@ class Finish:
         """The rule in a general form, with its shift, or the engine's own, to be applied as it is defined."""
         if isinstance(rule, RequantizeRule):
             return rule, shift, None
-        if isinstance(rule, EngineSum):
-            raise NoFastForm(f"{rule} rescales sums of two terms only")
+        if isinstance(rule, (EngineSum, EngineSoftmax)):
+            raise NoFastForm(f"{rule} does not rescale single values")
         same = None
         if not self.is_sum and self.real_bias is None:
             same = general_form(rule, self.terms[0], shift, self.zero)
@@ -289,7 +290,7 @@ def general_form(
         # Within 32 bits their conversion to integers is exact.
         small = plain and term.bound * float(term.multiplier.abs().max()) < _INT32
         return (_FLOAT, None) if small else None
-    if rule.name == "gemmlowp" and bool((shift <= 0).all()):
+    if rule.name in ("gemmlowp", "tflite_mean") and bool((shift <= 0).all()):
         # 2**31 is divided out with ties upwards, 2**-shift with ties away from zero.
         return _TWO, _HIGH_BITS - shift
     if rule.name == "tflite_int64" and bool((shift <= 15).all()) and bool((shift >= -47).all()):
