@@ -294,7 +294,7 @@ def general_form(
         # Within 32 bits their conversion to integers is exact.
         small = plain and term.bound * float(term.multiplier.abs().max()) < _INT32
         return (_FLOAT, None) if small else None
-    if rule.name == "gemmlowp" and bool((shift <= 0).all()):
+    if rule.name in ("gemmlowp", "tflite_mean") and bool((shift <= 0).all()):
         # 2**31 is divided out with ties upwards, 2**-shift with ties away from zero.
         return _TWO, _HIGH_BITS - shift
     if rule.name == "tflite_int64" and bool((shift <= 15).all()) and bool((shift >= -47).all()):
