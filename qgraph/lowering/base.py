@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.errors import InternalError, QuantizationError, UserError, did_you_mean
-from qgraph.ir.arguments import coded_operands, quant_rule
+from qgraph.errors import InternalError, QuantizationError, TargetError, UserError, did_you_mean
+from qgraph.ir.arguments import bind, coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.integer import integer_operator
 from qgraph.ir.node_info import graph_info, info, where
@@ -26,6 +26,7 @@ from qgraph.ir.values import TensorSpec
 from qgraph.numerics import (
     RECIPROCAL,
     Arithmetic,
+    EngineSoftmax,
     EngineSum,
     Factor,
     QParams,
@@ -34,6 +35,7 @@ from qgraph.numerics import (
     RequantizeRule,
     Rule,
     ScalarFunction,
+    SegmentForm,
     build_table,
 )
 from qgraph.rewrite import Verdict, no, yes
@@ -105,8 +107,12 @@ class LoweringContext:
         return multiplier, shift
 
     def step(self, node: fx.Node, name: str) -> Arithmetic:
-        """The target's arithmetic of a named step of `node`'s operator."""
-        return self.target.step(name, info(node).op.name)
+        """The target's arithmetic of a named step of `node`'s operator, on its first operand's format."""
+        return self.target.step(name, info(node).op.name, self._source(node))
+
+    def _source(self, node: fx.Node) -> QType | None:
+        found = next((info(operand).qparams for _, operand in bind(node).nodes()), None)
+        return None if found is None else found.qtype
 
     def ratio(
         self, node: fx.Node, *operands: QParams | torch.Tensor, divisor: torch.Tensor | None = None
@@ -122,16 +128,20 @@ class LoweringContext:
         """As `bounds`, with the target's way to quantize."""
         return bounds(result, low, high, self.target.quantize_rule)
 
-    def table(
-        self, function: ScalarFunction, source: QParams, result: QParams, entries: int | None = None
-    ) -> torch.Tensor:
-        """A table of a function of one value, its entries made as the target makes them."""
-        functions = self.target.functions
+    def table(self, function: ScalarFunction, source: QParams, result: QParams) -> torch.Tensor:
+        """The target's table of a function of one value, full or of even intervals.
+
+        Raises:
+            TargetError: the target's tables of this format have another form.
+        """
+        functions, form = self.target.functions, self.target.table_form(source.qtype)
+        if isinstance(form, SegmentForm):
+            raise TargetError(f"function tables of {self.target.name} for {source.qtype} have segments")
         return build_table(
             function,
             source,
             result,
-            entries=entries,
+            entries=form,
             rule=functions.quantize or self.target.quantize_rule,
             dtype=functions.values,
         )
@@ -150,8 +160,8 @@ def encode_saturating(rule: Rule, factor: torch.Tensor, result: QType) -> Factor
     the device can store. Such factors arise where a result is far smaller than its operands, as a mean of normalized
     values is.
     """
-    if isinstance(rule, EngineSum):
-        raise UserError(f"{rule} rescales sums of two terms only", fix="give this operator another word")
+    if isinstance(rule, (EngineSum, EngineSoftmax)):
+        raise UserError(f"{rule} does not rescale single values", fix="give this operator another word")
     beyond = rule.largest > 2.0 * (1 << result.bits)
     return rule.encode(factor.clamp(-rule.largest, rule.largest) if beyond else factor)
 

@@ -30,7 +30,7 @@ from qgraph.lowering.base import (
     register_lowering,
     sum_rule,
 )
-from qgraph.lowering.functions import table_call, table_of_call
+from qgraph.lowering.functions import table_call, tabulate_call
 from qgraph.numerics import EngineSum, QParams, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
@@ -68,7 +68,7 @@ class SumLowering(Lowering):
         operands, signs = [bound.operand("input"), bound.operand("other")], [1.0, sign]
         if not all(isinstance(operand, fx.Node) for operand in operands):
             if ctx.target.functions.rescale:
-                return table_of_call(node, ctx)
+                return tabulate_call(node, ctx)
             number = next(i for i, operand in enumerate(operands) if not isinstance(operand, fx.Node))
             one = torch.tensor(signs[1 - number], dtype=torch.float64)
             shift = torch.tensor(signs[number] * operands[number], dtype=torch.float64)
@@ -126,7 +126,7 @@ class ProductOfValuesLowering(Lowering):
         x, y = bound.operand("input"), bound.operand("other")
         if not isinstance(y, fx.Node):
             if ctx.target.functions.rescale:
-                return table_of_call(node, ctx)
+                return tabulate_call(node, ctx)
             factor = torch.tensor(float(y), dtype=torch.float64)
             factor = 1.0 / factor if info(node).op is DIV else factor
             return lower_affine(node, x, factor, None, ctx)
@@ -195,7 +195,7 @@ def lower_affine(
     """
     result = ctx.qparams(node)
     scale = result.scale.double()
-    real = weight * ctx.qparams(x).scale.double() / scale
+    real = ctx.ratio(node, ctx.qparams(x), weight)
     limits = {**ctx.bounds(result, low, high), **ctx.zeros(node, x=x)}
     if bias is None:
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")

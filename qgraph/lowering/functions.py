@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.errors import InternalError
+from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
-from qgraph.lowering.base import Lowering, LoweringContext, is_number, register_lowering
-from qgraph.numerics import ScalarFunction, SegmentForm, build_segments, build_steps
+from qgraph.lowering.base import Lowering, LoweringContext, bounds, is_number, register_lowering
+from qgraph.numerics import EngineSoftmax, ScalarFunction, SegmentForm, build_segments, build_steps
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -31,7 +31,12 @@ class TableLowering(Lowering):
         return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        return table_call(node, bind(node).operand("input"), _scalar_function(node, ctx.target), ctx)
+        bound = bind(node)
+        x, make = bound.operand("input"), ctx.target.functions.tables.get(bound.op.name)
+        if make is None:
+            return table_call(node, x, _scalar_function(node, ctx.target), ctx)
+        table = ctx.tensor(node, "table", make(ctx.qparams(x), ctx.qparams(node), **bound.options()))
+        return ctx.integer("lookup", x, table, like=node, source=str(ctx.qparams(x).qtype))
 
 
 class PowLowering(Lowering):
@@ -63,12 +68,38 @@ class StepsLowering(TableLowering):
         return ctx.integer("lookup_steps", x, *tensors, like=node)
 
 
+class SoftmaxLowering(Lowering):
+    """Softmax as one operator, on devices that have it; elsewhere it is taken apart before."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound = bind(node)
+        if bound.option("dim") is None:
+            return no("it leaves its dimension to torch's deprecated default", node)
+        if bound.option("dtype") not in (None, torch.float32):
+            return no(f"it computes in {bound.option('dtype')}", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x, result, arithmetic = bind(node).operand("input"), ctx.qparams(node), ctx.step(node, "product")
+        rule = arithmetic.rule
+        if not isinstance(rule, EngineSoftmax) or result.scale.item() != rule.step:
+            raise QuantizationError(
+                f"{rule} computes no softmax with scale {result.scale.item():g}",
+                where=where(node),
+                fix="give the target's softmax a word of its own and the fixed_result that belongs to it",
+            )
+        options: dict[str, Any] = {"dim": int(bind(node).option("dim")), "arithmetic": str(arithmetic)}
+        options |= {**bounds(result), **ctx.zeros(node)}
+        multiplier, shift = ctx.factor(node, rule.encode(ctx.qparams(x).scale))
+        return ctx.integer("softmax", x, multiplier, shift, like=node, **options)
+
+
 def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: LoweringContext) -> fx.Node:
     """`function` of the codes of `x`, as a lookup in a table of the target's form."""
     source, result = ctx.qparams(x), ctx.qparams(node)
     form = ctx.target.table_form(source.qtype)
     if not isinstance(form, SegmentForm):
-        table = ctx.tensor(node, "table", ctx.table(function, source, result, form))
+        table = ctx.tensor(node, "table", ctx.table(function, source, result))
         return ctx.integer("lookup", x, table, like=node, source=str(source.qtype))
     made = build_segments(function, source, result, form)
     tensors = [ctx.tensor(node, role, getattr(made, role)) for role in ("entries", "starts", "shifts")]
@@ -80,7 +111,7 @@ def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: Lowerin
     return ctx.integer("lookup_segments", x, *tensors, like=node, **options)
 
 
-def table_of_call(node: fx.Node, ctx: LoweringContext) -> fx.Node:
+def tabulate_call(node: fx.Node, ctx: LoweringContext) -> fx.Node:
     """A call with one computed operand and numbers as a table of what torch computes."""
     bound = bind(node)
     operands = [bound.operand(name) for name in bound.op.operands]
@@ -111,4 +142,5 @@ def _scalar_function(node: fx.Node, target: Target) -> ScalarFunction:
 
 register_lowering("table", TableLowering())
 register_lowering("pow", PowLowering())
+register_lowering("softmax", SoftmaxLowering())
 register_lowering("steps", StepsLowering())

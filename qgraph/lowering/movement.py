@@ -17,7 +17,6 @@ from qgraph.ir.op_table import PAD
 from qgraph.lowering.base import (
     Lowering,
     LoweringContext,
-    bounds,
     is_number,
     register_lowering,
 )
@@ -56,7 +55,7 @@ class PadLowering(Lowering):
             ctx.moved(node, node, source)
             return node
         result = ctx.qparams(node) if value else source
-        code = bounds(result, low=value or 0.0)["low"]
+        code = ctx.bounds(result, low=value or 0.0)["low"]
         moved = requantized_to(x, result, node, ctx, "requantize")
         padded = ctx.edit.call_function(F.pad, (moved, tuple(bound.option("pad"))), {"value": code}, op=PAD, like=node)
         ctx.moved(padded, node, result)

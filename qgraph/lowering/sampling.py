@@ -44,7 +44,7 @@ class ResizeLowering(InterpolateLowering):
         sizes = (bound.option("size"), bound.option("scale_factor"))
         if any(isinstance(v, fx.Node) for size in sizes for v in (size if isinstance(size, (list, tuple)) else [size])):
             return no("its size is computed in the forward", node)
-        return yes()
+        return self.fits_integer_positions(node, target) if target.integer_positions else yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)

@@ -27,6 +27,7 @@ from qgraph.lowering.base import (
     shape_of,
     spatial,
 )
+from qgraph.numerics import MeanRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -66,6 +67,10 @@ class AvgPoolLowering(Lowering):
         bound, rank = bind(node), _rank(node)
         kernel = spatial(bound.option("kernel_size"), rank)
         padded = any(spatial(bound.option("padding"), rank)) or bound.values.get("divisor_override")
+        rule = target.step("product", bound.op.name).rule
+        counts_more = bound.values.get("divisor_override") or (padded and bound.option("count_include_pad"))
+        if isinstance(rule, MeanRule) and rule.raw and counts_more:
+            return no(f"{target.name} divides by the number of elements inside the image only", node)
         whole = list(shape_of(bound.operand("input"))[-rank:]) == kernel and not padded
         return yes() if whole else _needs_global(node, target)
 
@@ -138,6 +143,20 @@ class ReduceLowering(Lowering):
 class InterpolateLowering(Lowering):
     """Nearest and bilinear resizing to a fixed size; `qgraph.lowering.sampling` has the other modes."""
 
+    @staticmethod
+    def fits_integer_positions(node: fx.Node, target: Target) -> Verdict:
+        """Whether a device that computes positions from the two sizes, in integers, can run the call."""
+        bound = bind(node)
+        mode = bound.option("mode")
+        if mode not in ("nearest", "bilinear") or bound.option("antialias"):
+            return no(f"{target.name} resizes by nearest and bilinear only", node)
+        sizes = (shape_of(bound.operand("input"))[2:], shape_of(node)[2:])
+        if len(sizes[0]) != 2:
+            return no(f"{target.name} resizes images only", node)
+        exact = [n_in / n_out for n_in, n_out in zip(*sizes, strict=True)]
+        fits = _steps(bound, *sizes) == exact
+        return yes() if fits else no(f"{target.name} resizes by the ratio of sizes, not by a given factor", node)
+
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
         x = bound.operand("input")
@@ -147,16 +166,15 @@ class InterpolateLowering(Lowering):
             return self._nearest(node, x, rank, steps, ctx)
         bits = ctx.target.weight_bits
         align = bool(bound.option("align_corners"))
+        make = _integer_table if ctx.target.integer_positions else _bilinear_table
         rows, columns = (
-            _bilinear_table(size_in, size_out, step, align, bits)
+            make(size_in, size_out, step, align, bits)
             for size_in, size_out, step in zip(shape_of(x)[2:], shape_of(node)[2:], steps, strict=True)
         )
-        result = ctx.qparams(node)
-        real = ctx.ratio(node, ctx.qparams(x)) / 2.0 ** (2 * bits)
-        multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
+        weights = torch.tensor(2.0 ** (2 * bits), dtype=torch.float64)
+        multiplier, shift, options = _mean_factor(node, x, weights, "sample", ctx)
         tables = [ctx.tensor(node, "rows", rows), ctx.tensor(node, "columns", columns)]
-        options = {"weight_bits": bits, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
-        return ctx.integer("resize_bilinear", x, *tables, multiplier, shift, like=node, **options)
+        return ctx.integer("resize_bilinear", x, *tables, multiplier, shift, like=node, weight_bits=bits, **options)
 
     def _nearest(self, node: fx.Node, x: fx.Node, rank: int, steps: list[float], ctx: LoweringContext) -> fx.Node:
         current = x
@@ -186,11 +204,22 @@ def _needs_global(node: fx.Node, target: Target) -> Verdict:
 def _averaged(
     name: str, node: fx.Node, x: fx.Node, counts: torch.Tensor, ctx: LoweringContext, **options: Any
 ) -> fx.Node:
-    result = ctx.qparams(node)
+    multiplier, shift, word = _mean_factor(node, x, counts, "product", ctx)
+    return ctx.integer(name, x, multiplier, shift, like=node, **options, **word)
+
+
+def _mean_factor(
+    node: fx.Node, x: fx.Node, counts: torch.Tensor, step: str, ctx: LoweringContext
+) -> tuple[fx.Node, fx.Node | None, dict[str, Any]]:
+    """Multiplier and shift of a sum divided by `counts`; arithmetic, bounds and zero points."""
+    limits, rule = bounds(ctx.qparams(node)), ctx.step(node, step).rule
+    if isinstance(rule, MeanRule):
+        factor = rule.encode_mean(ctx.ratio(node, ctx.qparams(x)), counts)
+        zeros = {} if rule.raw else ctx.zeros(node, x=x)
+        return *ctx.factor(node, factor), {"arithmetic": str(ctx.step(node, step)), **limits, **zeros}
     real = ctx.ratio(node, ctx.qparams(x), divisor=counts)
-    multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-    options = {**options, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
-    return ctx.integer(name, x, multiplier, shift, like=node, **options)
+    multiplier, shift, arithmetic = ctx.rescale(node, real, step)
+    return multiplier, shift, {"arithmetic": str(arithmetic), **limits, **ctx.zeros(node, x=x)}
 
 
 def _window_counts(
@@ -255,6 +284,21 @@ def _bilinear_table(size_in: int, size_out: int, step: float, align: bool, bits:
     after = (before + 1).clamp(max=size_in - 1)
     weight = torch.round((source - before) * float(1 << bits)).to(torch.int64)
     return torch.stack([before, after, weight])
+
+
+def _integer_table(size_in: int, size_out: int, step: float, align: bool, bits: int) -> torch.Tensor:
+    """As `_bilinear_table` with positions in whole units of `2**-bits`, as LiteRT computes them.
+
+    Weights may leave 0..1 at the borders, where both indices are the same.
+    """
+    one = 1 << bits
+    stride = (one * size_in + size_out // 2) // size_out
+    if align and size_out > 1:
+        stride = (one * (size_in - 1) + (size_out - 1) // 2) // (size_out - 1)
+    position = torch.arange(size_out) * stride + (0 if align else stride // 2 - one // 2)
+    before = torch.div(position, one, rounding_mode="trunc").clamp(min=0)
+    after = torch.div(position + one - 1, one, rounding_mode="trunc").clamp(max=size_in - 1)
+    return torch.stack([before, after, position - one * before])
 
 
 for _name, _lowering in {

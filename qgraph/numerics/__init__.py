@@ -5,8 +5,9 @@ simulator, fake quantization and the written specification must agree bit for bi
 """
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
+from qgraph.numerics.engine_softmax import EngineSoftmax
 from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
-from qgraph.numerics.engines import EngineRule, Fbgemm, OneDnn
+from qgraph.numerics.engines import EngineRule, Fbgemm, MeanRule, OneDnn
 from qgraph.numerics.factor import Factor
 from qgraph.numerics.formats import (
     FloatFormat,
@@ -50,11 +51,13 @@ __all__ = [
     "AddFactors",
     "Arithmetic",
     "EngineRule",
+    "EngineSoftmax",
     "EngineSum",
     "Factor",
     "Fbgemm",
     "FloatFormat",
     "Format",
+    "MeanRule",
     "OneDnn",
     "Overflow",
     "QParams",

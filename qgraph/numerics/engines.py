@@ -15,6 +15,10 @@ result, `fl` one float32 rounding, `rhe` rounds half to even, and `int32()` conv
         wrap((acc * M16 + 2**(14 - s)) >> (15 - s)) + z
     tflite_double   LiteRT fully connected; m in float64
         int32(half_away(acc * m)) + z
+    tflite_mean     LiteRT MEAN of n elements; gemmlowp with M and s of the ratio of scales changed to
+        e = min(floor(log2 n), 32, 31 + s), M = (M << e) // n, s = s - e
+    tflite_average  LiteRT AVERAGE_POOL_2D and RESIZE_BILINEAR; acc sums raw codes, whose scale is kept
+        sign(acc) * ((abs(acc) + n // 2) // n)
 srdhm(a, M) = (a * M + 2**30) >> 31, rdbp(x, e) rounds x / 2**e half away from zero (gemmlowp's fixedpoint.h).
 """
 
@@ -140,6 +144,7 @@ class TfliteInt64(EngineRule):
 
     name = "tflite_int64"
     accumulator_bits = 48
+    largest = float(1 << 14) * (1 - torch.finfo(torch.float32).eps)
 
     def _stored(self, factor: torch.Tensor) -> Factor:
         exact = quantize_multiplier(factor)
@@ -170,6 +175,75 @@ class TfliteDouble(EngineRule):
     ) -> torch.Tensor:
         _refuse(bias, self)
         return to_int32(round_half_away(accumulator.double() * factor.multiplier)) + zero
+
+
+class MeanRule(EngineRule):
+    """A rule for means: what is stored depends on the number of elements, not only on the real factor.
+
+    Attributes:
+        raw: whether it sums raw codes, zero points included; the result then has the operand's scale and zero point.
+    """
+
+    raw: ClassVar[bool] = False
+
+    @abstractmethod
+    def encode_mean(self, ratio: torch.Tensor, count: torch.Tensor) -> Factor:
+        """What the engine stores for a mean of `count` elements (whole numbers, any shape).
+
+        Args:
+            ratio: scale of the operand over scale of the result, float64 `[]`.
+            count: float64 or int64.
+
+        Raises:
+            QuantizationError: the ratio is not usable.
+        """
+
+    def _stored(self, factor: torch.Tensor) -> Factor:
+        raise QuantizationError(f"{self} computes means only", fix="give this operator another word")
+
+
+class TfliteMean(MeanRule):
+    """LiteRT's MEAN: the number of elements divides the multiplier, which is truncated."""
+
+    name = "tflite_mean"
+    accumulator_bits = 32
+
+    def encode_mean(self, ratio: torch.Tensor, count: torch.Tensor) -> Factor:
+        exact = Gemmlowp().encode(ratio)
+        whole = count.to(torch.int64)
+        bits = torch.frexp(whole.double()).exponent.to(torch.int64) - 1
+        lift = torch.minimum(bits.clamp(max=32), 31 + exact.shifts())
+        multiplier = torch.div(exact.multiplier << lift, whole, rounding_mode="floor")
+        return Factor(multiplier, exact.shifts() - lift)
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return Gemmlowp().apply(accumulator, factor, zero, bias)
+
+
+class TfliteAverage(MeanRule):
+    """LiteRT's averages of raw codes: integer division, ties away from code 0. The multiplier is the divisor."""
+
+    name = "tflite_average"
+    raw = True
+
+    def encode_mean(self, ratio: torch.Tensor, count: torch.Tensor) -> Factor:
+        if not bool((ratio == 1.0).all()):
+            raise QuantizationError(
+                f"{self} keeps the scale of its operand",
+                why="the result was given another scale",
+                fix="write same_scale = true for this operator in the target's file",
+            )
+        return Factor(count.to(torch.int64), None)
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        _refuse(bias, self)
+        count = factor.multiplier
+        size = torch.div(accumulator.abs() + (count >> 1), count, rounding_mode="floor")
+        return torch.sign(accumulator) * size + zero
 
 
 def quantize_multiplier(factor: torch.Tensor) -> Factor:
@@ -204,6 +278,5 @@ def _refuse(bias: torch.Tensor | None, rule: EngineRule) -> None:
         raise QuantizationError(f"{rule} adds no float bias", fix="give the bias in steps of the accumulator, int32")
 
 
-ENGINE_RULES: dict[str, EngineRule] = {
-    rule.name: rule for rule in (MlasMul(), Fbgemm(), OneDnn(), Gemmlowp(), TfliteInt64(), TfliteDouble())
-}
+_RULES = (MlasMul(), Fbgemm(), OneDnn(), Gemmlowp(), TfliteInt64(), TfliteDouble(), TfliteMean(), TfliteAverage())
+ENGINE_RULES: dict[str, EngineRule] = {rule.name: rule for rule in _RULES}

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from qgraph.errors import QuantizationError, UserError, did_you_mean
+from qgraph.numerics.float_steps import to_int32, wrap32
 from qgraph.numerics.formats import qint32
 from qgraph.numerics.qparams import QParams
 from qgraph.numerics.rounding import Rounding, round_float
@@ -26,10 +27,13 @@ class QuantizeRule:
     Args:
         divides: whether it divides by the scale; else it multiplies by the scale's float32 reciprocal.
         rounding: rounding of the quotient.
+        through_int32: whether the steps pass an int32 register as on x86: what does not fit, and NaN, becomes
+            `-2**31`, and adding the zero point wraps. Otherwise steps saturate and NaN becomes real zero.
     """
 
     divides: bool
     rounding: Rounding
+    through_int32: bool = False
 
     def steps(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """float32 `values` in whole steps of a broadcastable `scale`, float32, without zero point."""
@@ -37,7 +41,8 @@ class QuantizeRule:
         return round_float(quotient, self.rounding)
 
     def __str__(self) -> str:
-        return f"{'divide' if self.divides else 'reciprocal'}:{self.rounding}"
+        end = ":int32" if self.through_int32 else ""
+        return f"{'divide' if self.divides else 'reciprocal'}:{self.rounding}{end}"
 
 
 RECIPROCAL = QuantizeRule(False, Rounding.HALF_EVEN)
@@ -50,7 +55,8 @@ def parse_quantize_rule(text: str) -> QuantizeRule:
     Raises:
         UserError: the text names no rule.
     """
-    rules = {str(rule): rule for divides in (False, True) for rule in (QuantizeRule(divides, r) for r in Rounding)}
+    flags = (False, True)
+    rules = {str(r): r for r in (QuantizeRule(d, way, i) for i in flags for d in flags for way in Rounding)}
     if text not in rules:
         raise UserError(f"{text!r} is no way to quantize", fix=did_you_mean(text, rules))
     return rules[text]
@@ -60,7 +66,7 @@ def quantize(values: torch.Tensor, qparams: QParams, rule: QuantizeRule = RECIPR
     """Codes of `values`.
 
     Args:
-        values: float tensor of any shape; NaN becomes the code of real zero.
+        values: float tensor of any shape; NaN becomes the code of real zero unless the rule says otherwise.
         qparams: parameters of the result.
         rule: the float32 arithmetic.
 
@@ -73,6 +79,9 @@ def quantize(values: torch.Tensor, qparams: QParams, rule: QuantizeRule = RECIPR
     if qparams.qtype.bits > 32:
         raise QuantizationError(f"real numbers are not quantized to {qparams.qtype}", fix="use at most 32 bits")
     steps = rule.steps(values.to(torch.float32), qparams.shaped(qparams.scale, values.dim()))
+    if rule.through_int32:
+        whole = wrap32(to_int32(steps) + qparams.shaped(qparams.zero_points(), values.dim()))
+        return qparams.qtype.saturate(whole).to(qparams.qtype.storage)
     codes = steps.nan_to_num_(0.0, float("inf"), float("-inf"))
     if qparams.zero_point is not None:
         codes = codes + qparams.shaped(qparams.zero_point, values.dim()).to(torch.float32)

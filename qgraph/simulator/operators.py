@@ -36,6 +36,8 @@ SCHEMAS: dict[str, str] = {
     f"Tensor? multiplier=None, *, {_TWO}) -> Tensor",
     "mul": f"(Tensor x, Tensor y, Tensor multiplier, Tensor? shift, *, {_TWO}) -> Tensor",
     "lookup": "(Tensor x, Tensor table, *, str source) -> Tensor",
+    "softmax": "(Tensor x, Tensor multiplier, Tensor? shift, *, int dim, str arithmetic, int low, int high, "
+    "str format, int zero=0) -> Tensor",
     "clamp": "(Tensor x, *, int low, int high, str format) -> Tensor",
     "max_pool": f"(Tensor x, *, {_WINDOW}, int[] dilation, bool ceil_mode) -> Tensor",
     "avg_pool": f"(Tensor x, Tensor multiplier, Tensor? shift, *, {_WINDOW}, int[] output_size, {_BOUNDS}) -> Tensor",
@@ -93,6 +95,7 @@ FAKES: dict[str, Any] = {
     "add": lambda x, y, *_, format, **__: _like(x, torch.broadcast_shapes(x.shape, y.shape), format),
     "mul": lambda x, y, *_, format, **__: _like(x, torch.broadcast_shapes(x.shape, y.shape), format),
     "lookup": lambda x, table, *, source: x.new_empty(x.shape, dtype=table.dtype),
+    "softmax": lambda x, multiplier, shift, *, format, **_: _like(x, x.shape, format),
     "clamp": lambda x, *, low, high, format: _like(x, x.shape, format),
     "max_pool": _fake_max_pool,
     "avg_pool": _fake_pool,

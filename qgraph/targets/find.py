@@ -19,7 +19,7 @@ from qgraph.targets.parse import parse_target
 from qgraph.targets.target import Target
 
 ENTRY_POINT_GROUP = "qgraph.targets"
-BUILT_IN = ("bpu", "onnxruntime")
+BUILT_IN = ("bpu", "litert", "onnxruntime")
 
 
 def get_target(target: Target | str | Path) -> Target:

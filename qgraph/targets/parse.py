@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from qgraph.numerics import (
     parse_format,
     parse_qtype,
     parse_quantize_rule,
+    qparams_from_scale,
 )
 from qgraph.targets.target import FACTORS, Functions, LegalFormats, Memory, OpRule, Target
 
@@ -48,7 +50,7 @@ def parse_target(text: str, *, origin: str) -> Target:
     activations, weights = table.table("activations"), table.table("weights")
     tables, arithmetic = table.table("tables"), table.table("arithmetic")
     sampling, memory, fusion = table.table("sampling"), table.table("memory"), table.table("fusion")
-    sampling.allow({"weight_bits"})
+    sampling.allow({"weight_bits", "positions"})
     fusion.allow({"residual"})
     ops = _ops(table.tables("ops"), units)
     return Target(
@@ -65,6 +67,7 @@ def parse_target(text: str, *, origin: str) -> Target:
         tables={name: _table_form(tables, name) for name in tables.data},
         functions=_functions(table.table("functions"), ops) if "functions" in table.data else Functions(),
         weight_bits=int(sampling.number("weight_bits", whole=True)),
+        integer_positions="positions" in sampling.data and _choice(sampling, "positions", _POSITIONS) == "integer",
         arithmetic=_steps(arithmetic, ops),
         ops=ops,
         units=units,
@@ -88,6 +91,8 @@ KEYS = (
     "units",
     "memory",
 )
+_POSITIONS = ("float32", "integer")
+_FORMAT = re.compile(r"u?int[0-9]+")
 STEPS = ("product", "sum", "sample")  # the lowerings of qgraph need these; others may need more
 
 
@@ -178,8 +183,12 @@ def _factors(arithmetic: _Table, ops: Collection[str]) -> dict[str, str]:
 
 
 def _check_op(name: str, ops: Collection[str], arithmetic: _Table) -> None:
-    op, dot, _ = name.rpartition(".")
-    if dot and op not in ops:
+    """Refuses `op.step` where the target has no such operator; `step`, `step.format`, `op.step.format` are others."""
+    parts = name.split(".")
+    if len(parts) > 1 and _FORMAT.fullmatch(parts[-1]):
+        arithmetic.understood(lambda: parse_qtype(parts.pop()))
+    op = ".".join(parts[:-1])
+    if op and op not in ops:
         raise TargetError(f"there is no operator {op!r}", where=arithmetic.origin, fix=did_you_mean(op, ops))
 
 
@@ -194,6 +203,13 @@ def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
         _check_op(name, ops, table)
         steps[name] = _arithmetic(table, name)
     return steps
+
+
+def _choice(table: _Table, key: str, known: Collection[str]) -> str:
+    word = table.text(key)
+    if word not in known:
+        raise TargetError(f"{key} is {word!r}", where=table.origin, fix=did_you_mean(word, known))
+    return word
 
 
 def _memories(table: _Table) -> dict[str, Memory]:
@@ -225,6 +241,48 @@ def _table_form(table: _Table, name: str) -> int | SegmentForm | None:
     return count
 
 
+def _functions(table: _Table, ops: Collection[str]) -> Functions:
+    """How function tables are made."""
+    table.allow({"values", "quantize", "rescale", "module"})
+    precisions = {"float32": torch.float32, "float64": torch.float64}
+    if table.text("values") not in precisions:
+        raise table.wrong("values", " or ".join(precisions))
+    return Functions(
+        values=precisions[table.text("values")],
+        quantize=table.understood(lambda: parse_quantize_rule(table.text("quantize"))),
+        rescale=table.flag("rescale"),
+        own=_from_module(table, "FUNCTIONS", ops),
+        tables=_from_module(table, "TABLES", ops),
+    )
+
+
+def _from_module(table: _Table, kind: str, ops: Collection[str]) -> Mapping[str, Callable[..., torch.Tensor]]:
+    """`FUNCTIONS` or `TABLES` of the Python module the file names; a module may have one of them only."""
+    if "module" not in table.data:
+        return {}
+    name = table.text("module")
+    try:
+        module = importlib.import_module(name)
+        own = getattr(module, kind, None)
+        if own is None and not hasattr(module, "TABLES" if kind == "FUNCTIONS" else "FUNCTIONS"):
+            raise AttributeError("it has neither FUNCTIONS nor TABLES")
+    except (ImportError, AttributeError) as error:
+        raise TargetError(
+            f"the functions of {name!r} cannot be read",
+            where=table.origin,
+            why=f"{type(error).__name__}: {error}",
+            fix="name an importable module with a dictionary FUNCTIONS or TABLES from operator names to functions",
+        ) from error
+    for op in own or ():
+        if op not in ops:
+            raise TargetError(
+                f"{name} has a function for {op!r}, which the target does not run",
+                where=table.origin,
+                fix=did_you_mean(op, ops),
+            )
+    return dict(own or {})
+
+
 def _segments(table: _Table, qtype: QType) -> SegmentForm:
     table.allow({"segments", "entries", "break_points", "fraction_bits"})
     break_points = table.text("break_points")
@@ -243,42 +301,6 @@ def _segments(table: _Table, qtype: QType) -> SegmentForm:
     return table.understood(form)
 
 
-def _functions(table: _Table, ops: Collection[str]) -> Functions:
-    """How function tables are made."""
-    table.allow({"values", "quantize", "rescale", "module"})
-    precisions = {"float32": torch.float32, "float64": torch.float64}
-    if table.text("values") not in precisions:
-        raise table.wrong("values", " or ".join(precisions))
-    return Functions(
-        values=precisions[table.text("values")],
-        quantize=table.understood(lambda: parse_quantize_rule(table.text("quantize"))),
-        rescale=table.flag("rescale"),
-        own=_own_functions(table, ops) if "module" in table.data else {},
-    )
-
-
-def _own_functions(table: _Table, ops: Collection[str]) -> Mapping[str, Callable[..., torch.Tensor]]:
-    """`FUNCTIONS` of the Python module the file names."""
-    name = table.text("module")
-    try:
-        own = importlib.import_module(name).FUNCTIONS
-    except (ImportError, AttributeError) as error:
-        raise TargetError(
-            f"the functions of {name!r} cannot be read",
-            where=table.origin,
-            why=f"{type(error).__name__}: {error}",
-            fix="name an importable module with a dictionary FUNCTIONS from operator names to functions",
-        ) from error
-    for op in own:
-        if op not in ops:
-            raise TargetError(
-                f"{name} has a function for {op!r}, which the target does not run",
-                where=table.origin,
-                fix=did_you_mean(op, ops),
-            )
-    return dict(own)
-
-
 def _units(table: _Table) -> dict[str, dict[str, float]]:
     return {unit: _rates(table.table(unit)) for unit in table.data}
 
@@ -293,12 +315,11 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal", "global_only"})
+        entry.allow({"names", "unit", "legal", "global_only", "same_scale", "fixed_result"})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
-        legal = tuple(_legal(line, entry) for line in entry.texts("legal"))
-        rule = OpRule(unit, legal, "global_only" in entry.data and entry.flag("global_only"))
+        rule = _op_rule(entry, unit)
         for name in entry.texts("names"):
             if name in ops:
                 raise TargetError(f"operator {name!r} is described twice", where=entry.origin)
@@ -308,6 +329,38 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
                 )
             ops[name] = rule
     return ops
+
+
+def _op_rule(entry: _Table, unit: str) -> OpRule:
+    legal = tuple(_legal(line, entry) for line in entry.texts("legal"))
+    same, whole = (name in entry.data and entry.flag(name) for name in ("same_scale", "global_only"))
+    if "fixed_result" not in entry.data:
+        return OpRule(unit, legal, global_only=whole, same_scale=same)
+    if same:
+        raise TargetError(
+            "a result keeps its operand's scale and has a fixed one",
+            where=entry.origin,
+            fix="give same_scale or fixed_result, not both",
+        )
+    fixed, results = entry.table("fixed_result"), {str(f): f for line in legal for f in line.results}
+    for name in fixed.data:
+        if name not in results:
+            raise TargetError(
+                f"{name!r} is no format of the result", where=fixed.origin, fix=did_you_mean(name, results)
+            )
+    return OpRule(
+        unit, legal, global_only=whole, fixed_result={name: _scale_and_zero(fixed, name) for name in fixed.data}
+    )
+
+
+def _scale_and_zero(table: _Table, name: str) -> tuple[float, int]:
+    qtype, given = table.understood(lambda: parse_qtype(name)), table.data[name]
+    kinds = [type(value) for value in given] if isinstance(given, list) else []
+    if len(kinds) != 2 or kinds[0] not in (int, float) or kinds[1] is not int:
+        raise table.wrong(name, "a list of scale and zero point")
+    scale, zero = float(given[0]), given[1]
+    table.understood(lambda: qparams_from_scale(scale, qtype, zero))
+    return scale, zero
 
 
 def _legal(line: str, entry: _Table) -> LegalFormats:

@@ -520,9 +520,11 @@ CASES: dict[str, Callable[[Draw], Case]] = {
 
 from tests.simulator.function_cases import FUNCTION_CASES, LOOKUPS  # noqa: E402 - draws with the classes above
 from tests.simulator.sampling_cases import MOVES, SAMPLING_CASES  # noqa: E402 - draws with the classes above
+from tests.simulator.softmax_cases import softmax_case  # noqa: E402 - draws with the classes above
 
 CASES |= SAMPLING_CASES
 CASES |= FUNCTION_CASES
+CASES |= {"softmax": softmax_case}
 
 
 # --- zero points ---------------------------------------------------------------------------------------------------
@@ -532,6 +534,7 @@ RESULT_ZERO = tuple(
 )
 OPERAND_ZEROS = {"add": ("x", "y"), "mul": ("x", "y"), "matmul": ("x", "y"), "conv": ("x", "residual")}
 OPERAND_ZEROS |= {"linear": ("x", "residual"), "quantize": (), "clamp": (), "lookup": (), "max_pool": ()}
+OPERAND_ZEROS |= {"softmax": ()}
 OPERAND_ZEROS |= {"compare": ("x", "y"), **dict.fromkeys(LOOKUPS, ())}
 OPERAND_ZEROS |= dict.fromkeys(MOVES, ())
 FORMATS = {dtype: name for name, dtype in STORAGE.items()}

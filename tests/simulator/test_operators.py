@@ -189,6 +189,8 @@ def build_graph() -> fx.GraphModule:
     y = call("add", half, looked_up, plus, minus, shift, **SUM)
     y = call("mul", y, half, factor, small_shift, **SINGLE)
     y = call("requantize", y, factor, window_shift, constant("offset", torch.tensor(99)), **SINGLE)
+    exponents = {"dim": 1, **SINGLE, "arithmetic": "int32:wrap/tflite_softmax"}
+    y = call("softmax", y, large_factor, constant("softmax_shift", torch.tensor(22)), **exponents)
     y = call("matmul", y, half, factor, shift, **SINGLE)
     small = call("avg_pool", y, factor, wide_shift, **WINDOW, output_size=[2, 2], **SINGLE)
     large = call("resize_bilinear", small, positions, positions, factor, grid_shift, weight_bits=11, **BILINEAR)

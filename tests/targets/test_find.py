@@ -49,7 +49,7 @@ NUMBER = 3
 @pytest.mark.parametrize("provider", ["READY", "made", "path"])
 def test_a_package_provides_a_target(provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, {"chip": f"dist_target:{provider}"}, MODULE)
-    assert list_targets() == ["bpu", "onnxruntime", "chip"]
+    assert list_targets() == ["bpu", "litert", "onnxruntime", "chip"]
     assert get_target("chip").name == "small"
 
 

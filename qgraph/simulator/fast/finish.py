@@ -18,6 +18,7 @@ import torch
 
 from qgraph.numerics import (
     Arithmetic,
+    EngineSoftmax,
     EngineSum,
     Factor,
     QType,
@@ -101,8 +102,8 @@ class Finish:
         """The rule in a general form, with its shift, or the engine's own, to be applied as it is defined."""
         if isinstance(rule, RequantizeRule):
             return rule, shift, None
-        if isinstance(rule, EngineSum):
-            raise NoFastForm(f"{rule} rescales sums of two terms only")
+        if isinstance(rule, (EngineSum, EngineSoftmax)):
+            raise NoFastForm(f"{rule} rescales no single products")
         same = None
         if not self.is_sum and self.real_bias is None:
             same = general_form(rule, self.terms[0], shift, self.zero)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize
+from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize, softmax
 from qgraph.simulator.reference.functions import compare, lookup_segments, lookup_steps, prelu
 from qgraph.simulator.reference.ordering import arg_extreme, cumsum, fold, order, unfold
 from qgraph.simulator.reference.products import conv, linear, matmul
@@ -46,6 +46,7 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "sample_bilinear": sample_bilinear,
     "sample_nearest": sample_nearest,
     "unfold": unfold,
+    "softmax": softmax,
 }
 
 __all__ = ["KERNELS"]
