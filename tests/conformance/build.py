@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qgraph.errors import QuantizationError
 from qgraph.pipeline import CheckLevel
@@ -66,8 +67,12 @@ class Built:
 
     case: Case
     prepared: fx.GraphModule
-    frozen: fx.GraphModule
     integer: fx.GraphModule
+
+    @cached_property
+    def frozen(self) -> fx.GraphModule:
+        """The graph engines and exporters read."""
+        return freeze(self.prepared)
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -106,4 +111,22 @@ def build(case: Case, prepared: fx.GraphModule | None = None) -> Built:
         prepared = prepare_program(case.program, case.target, formats)
     drawing = Drawing(prepared, Chance(case.seed), copy.deepcopy(case.values))
     whole = replace(case, values=drawing.run())
-    return Built(whole, prepared, freeze(prepared), convert(prepared, checks=CheckLevel.NONE))
+    return Built(whole, prepared, convert(prepared, checks=CheckLevel.NONE))
+
+
+def with_values(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    scales: dict[str, tuple[list[float], int]],
+    weights: dict[str, torch.Tensor],
+    biases: dict[str, torch.Tensor],
+    formats: dict[str, tuple[str, str]],
+    target: str,
+) -> fx.GraphModule:
+    """A prepared graph with these values, as printed reproducers ask for it."""
+    default = next(iter(formats.values()))
+    setter = Formats([default[0]], [default[1]], dict(formats))
+    example = tuple(inputs.values())
+    gm = prepare(model.eval(), example, setter, target=target, verify=False, checks=CheckLevel.NONE)
+    Drawing(gm, Chance(0), Values(dict(scales), dict(weights), dict(biases), dict(inputs))).run()
+    return gm

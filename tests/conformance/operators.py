@@ -176,10 +176,10 @@ def _two(chance: Chance, shape: Shape) -> Options | None:
 
 OPERATORS: dict[str, Operator] = {
     "conv1d": Operator(
-        ("conv1d",), "self.{name}({0})", (3,), _conv_text("Conv1d"), _conv(1), least=_CONV_LEAST, weight=6, macs=_conv_macs
+        ("conv1d",), "self.{name}({0})", (3,), _conv_text("Conv1d"), _conv(1), least=_CONV_LEAST, weight=10, macs=_conv_macs
     ),
     "conv2d": Operator(
-        ("conv2d",), "self.{name}({0})", (4,), _conv_text("Conv2d"), _conv(2), least=_CONV_LEAST, weight=9, macs=_conv_macs
+        ("conv2d",), "self.{name}({0})", (4,), _conv_text("Conv2d"), _conv(2), least=_CONV_LEAST, weight=16, macs=_conv_macs
     ),
     "conv_transpose2d": Operator(
         ("conv_transpose2d",),
@@ -198,7 +198,7 @@ OPERATORS: dict[str, Operator] = {
         "nn.Linear({k}, {out}, bias={bias})",
         lambda chance, shape: {"out": chance.size(4, 40), "bias": chance.likely(0.7)},
         least={"out": 1, "bias": False},
-        weight=7,
+        weight=10,
         macs=lambda options, shape: shape[-1],
     ),
     "matmul": Operator(

@@ -93,6 +93,7 @@ class Drawing:
 
     def __post_init__(self) -> None:
         self.kind = self.chance.choice(SCALE_KINDS)
+        self.settled: set[FakeQuantize] = set()
 
     def run(self) -> Values:
         """Assigns everything; the values kept, with what was drawn."""
@@ -108,7 +109,7 @@ class Drawing:
             elif isinstance(module, FakeQuantize):
                 weight = isinstance(module, WeightFakeQuantize)
                 module.state = FakeQuantState.VALIDATION if weight else FakeQuantState.QAT
-                if not weight and module.fixed_scale is None and not isinstance(module.observer, Given):
+                if not weight and module.fixed_scale is None and module not in self.settled:
                     self._activation(module)
         hooks = [m.register_forward_pre_hook(partial(self._bias, n)) for n, m in fused if m.bias is not None]
         with torch.no_grad():
@@ -138,6 +139,7 @@ class Drawing:
         zeros = torch.full_like(scale, zero, dtype=torch.int64) if site.scheme is Scheme.AFFINE else None
         site.observer = Given(QParams(scale, site.qtype, zeros, axis), -1 if axis is None else axis)
         site._keep(site.observer.known)
+        self.settled.add(site)
         self.given.scales[site.site] = (scales, zero)
 
     def scale(self, around: float) -> float:

@@ -1,0 +1,314 @@
+"""Makes a failing case small: fewer calls, smaller sizes, simpler scales and codes, as long as it still fails.
+
+Greedy: every change is tried, the first that still fails is kept, and everything is tried again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qgraph.errors import QGraphError
+from tests.conformance.build import Built, Case, build
+from tests.conformance.compare import Comparison, Mismatch
+from tests.conformance.program import Program, Step
+from tests.conformance.values import Values
+
+Compare = Callable[[Built], Comparison]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that fails, built, and how."""
+
+    built: Built
+    mismatch: Mismatch
+
+    @property
+    def case(self) -> Case:
+        return self.built.case
+
+
+def shrink(case: Case, run: Compare, *, tries: int = 600) -> Failure:
+    """The smallest failing case found within a number of tries.
+
+    Raises:
+        AssertionError: the case does not fail.
+    """
+    best = attempt(case, run)
+    if best is None:
+        raise AssertionError("the case to shrink does not fail")
+    left = tries
+    improved = True
+    while improved and left > 0:
+        improved = False
+        for candidate in candidates(best):
+            left -= 1
+            found = attempt(candidate, run)
+            if found is not None:
+                best, improved = found, True
+                break
+            if left <= 0:
+                break
+    return best
+
+
+def attempt(case: Case, run: Compare) -> Failure | None:
+    """Whether a case fails; a case that cannot be built does not."""
+    try:
+        case = replace(case, values=fitting(case))
+        built = build(case)
+        found = run(built)
+    except (QGraphError, RuntimeError, ValueError, IndexError, KeyError, NotImplementedError):
+        return None
+    return Failure(built, found.mismatches[0]) if found.mismatches else None
+
+
+def fitting(case: Case) -> Values:
+    """The values of a case that fit its network; tensors are cut to its shapes, what is missing is drawn anew."""
+    shapes = case.program.shapes()
+    values = copy.copy(case.values)
+    model = case.program.model()
+    parameters = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    values.inputs = {
+        name: cut(tensor, shapes[name])
+        for name, tensor in values.inputs.items()
+        if name in case.program.inputs and fits(tensor, shapes[name])
+    }
+    values.weights = _cut_all(values.weights, parameters)
+    values.biases = _cut_all(values.biases, parameters)
+    counts = {name: shape for name, shape in parameters.items() if name.endswith(".weight")}
+    values.scales = dict(values.scales)
+    for name, shape in counts.items():
+        scales, zero = values.scales.get(name, ([], 0))
+        axis = 1 if "ConvTranspose" in str(model.get_submodule(name.rpartition(".")[0])) else 0
+        if len(scales) >= shape[axis]:
+            values.scales[name] = (scales[: shape[axis]], zero)
+        else:
+            values.scales.pop(name, None)
+    return values
+
+
+def _cut_all(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {
+        name: cut(tensor, shapes[name])
+        for name, tensor in tensors.items()
+        if name in shapes and fits(tensor, shapes[name])
+    }
+
+
+def fits(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    return tensor.dim() == len(shape) and all(a >= b for a, b in zip(tensor.shape, shape, strict=True))
+
+
+def cut(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return tensor[tuple(slice(0, size) for size in shape)].clone()
+
+
+# --- candidates ----------------------------------------------------------------------------------------------------
+
+
+def candidates(failure: Failure) -> Iterator[Case]:
+    """Simpler cases, the boldest changes first."""
+    case = failure.case
+    for program, inputs in simpler_programs(case, failure):
+        yield replace(case, program=program, values=replace(case.values, inputs={**case.values.inputs, **inputs}))
+    yield from _smaller_inputs(case)
+    yield from simpler_values(case)
+
+
+def simpler_programs(case: Case, failure: Failure) -> Iterator[tuple[Program, dict[str, torch.Tensor]]]:
+    program = case.program
+    steps = program.steps
+    for count in range(1, len(steps)):
+        yield program.with_steps(steps[:count]).used(), {}
+    for position, step in enumerate(steps):
+        yield from _fresh_operands(program, position)
+        if len(steps) > 1:
+            yield from _without(program, position, step)
+    for position, step in enumerate(steps):
+        for name, value in step.options.items():
+            for smaller in _smaller(value, step.least.get(name)):
+                changed = replace(step, options={**step.options, name: smaller})
+                yield program.with_steps([*steps[:position], changed, *steps[position + 1 :]]), {}
+
+
+def _without(program: Program, position: int, step: Step) -> Iterator[tuple[Program, dict[str, torch.Tensor]]]:
+    """A step left out: its users read one of its operands."""
+    for operand in step.inputs:
+        rest = [_renamed(s, step.name, operand) for s in program.steps if s is not step]
+        yield program.with_steps(rest).used(), {}
+
+
+def _fresh_operands(program: Program, position: int) -> Iterator[tuple[Program, dict[str, torch.Tensor]]]:
+    """Everything before a step left out: its operands become inputs."""
+    step = program.steps[position]
+    computed = [name for name in dict.fromkeys(step.inputs) if name not in program.inputs]
+    if not computed:
+        return
+    shapes = program.shapes()
+    inputs = {**program.inputs, **{f"x_{name}": shapes[name] for name in computed}}
+    steps = program.steps[position:]
+    for name in computed:
+        steps = tuple(_renamed(s, name, f"x_{name}") for s in steps)
+    missing = {i for s in steps for i in s.inputs} - set(inputs) - {s.name for s in steps}
+    if not missing:
+        yield Program(inputs, steps).used(), {}
+
+
+def _renamed(step: Step, old: str, new: str) -> Step:
+    return replace(step, inputs=tuple(new if name == old else name for name in step.inputs))
+
+
+def _smaller(value: Any, least: Any) -> Iterator[Any]:
+    if least is None or value == least:
+        return
+    if isinstance(value, bool):
+        yield least
+    elif isinstance(value, int):
+        yield from dict.fromkeys(n for n in (least, value // 2, value - 1) if least <= n < value)
+    elif isinstance(value, tuple):
+        yield (least,) * len(value)
+        for position, entry in enumerate(value):
+            for smaller in _smaller(entry, least):
+                yield (*value[:position], smaller, *value[position + 1 :])
+
+
+def _smaller_inputs(case: Case) -> Iterator[Case]:
+    """One axis of the inputs cut, in all inputs that share the size, or in one."""
+    inputs = dict(case.program.inputs)
+    for name, shape in inputs.items():
+        for axis, size in enumerate(shape):
+            for smaller in dict.fromkeys(n for n in (1, size // 2, size - 1) if 1 <= n < size):
+                together = {
+                    other: tuple(smaller if a == axis and s == size else s for a, s in enumerate(given))
+                    for other, given in inputs.items()
+                }
+                alone = {**inputs, name: tuple(smaller if a == axis else s for a, s in enumerate(shape))}
+                for changed in (together, alone) if together != alone else (alone,):
+                    yield replace(case, program=replace(case.program, inputs=changed))
+
+
+def simpler_values(case: Case) -> Iterator[Case]:
+    values = case.values
+    for site, (scales, zero) in values.scales.items():
+        for simpler in _simpler_scales(scales, zero):
+            yield replace(case, values=replace(values, scales={**values.scales, site: simpler}))
+    for kind in ("biases", "weights", "inputs"):
+        tensors = getattr(values, kind)
+        for name, tensor in tensors.items():
+            for smaller in _simpler_tensors(tensor, _unit(case, name)):
+                yield replace(case, values=replace(values, **{kind: {**tensors, name: smaller}}))
+
+
+def _unit(case: Case, name: str) -> float:
+    """The step in which an input counts."""
+    scales = case.values.scales.get(f"{name}.quant")
+    return scales[0][0] if scales is not None else 1.0
+
+
+def _simpler_scales(scales: list[float], zero: int) -> Iterator[tuple[list[float], int]]:
+    if zero:
+        yield scales, 0
+        if abs(zero) > 1:
+            yield scales, 1
+    if any(scale != scales[0] for scale in scales):
+        yield [scales[0]] * len(scales), zero
+    if any(scale != 1.0 for scale in scales):
+        yield [1.0] * len(scales), zero
+    powers = [2.0 ** round(math.log2(scale)) for scale in scales]
+    if powers != scales:
+        yield powers, zero
+
+
+def _simpler_tensors(tensor: torch.Tensor, unit: float) -> Iterator[torch.Tensor]:
+    flat = tensor.reshape(-1)
+    count = flat.numel()
+    if not bool(flat.any()):
+        return
+    size = count
+    while size >= 1:
+        for first in range(0, count, size):
+            part = flat[first : first + size]
+            if bool(part.any()):
+                smaller = flat.clone()
+                smaller[first : first + size] = 0
+                yield smaller.reshape(tensor.shape)
+        if size <= count // 16:
+            break
+        size //= 2
+    if count <= 16:
+        for position in flat.nonzero()[:, 0].tolist():
+            steps = flat[position].item() / unit
+            for smaller_steps in (1.0, 0.5, math.trunc(steps / 2), steps / 2, math.trunc(steps)):
+                if abs(smaller_steps) < abs(steps):
+                    smaller = flat.clone()
+                    smaller[position] = smaller_steps * unit
+                    if not torch.equal(smaller, flat):
+                        yield smaller.reshape(tensor.shape)
+
+
+# --- the reproducer ------------------------------------------------------------------------------------------------
+
+
+def reproducer(failure: Failure) -> str:
+    """Python text that rebuilds the case, with what was expected and what came out."""
+    case, mismatch = failure.case, failure.mismatch
+    values, program = case.values, case.program
+    sites = {name: value for name, value in values.scales.items() if name in _live(failure)}
+    lines = [
+        f"# {mismatch}",
+        "import torch",
+        "import torch.nn.functional as F",
+        "from torch import nn",
+        "",
+        "import qgraph",
+        "from tests.conformance.build import with_values",
+        "",
+        "",
+        program.source(),
+        "",
+        "inputs = {",
+        *(f"    {name!r}: {_text(values.inputs[name])}," for name in program.inputs),
+        "}",
+        "scales = {  # scale and zero point",
+        *(f"    {site!r}: {pair!r}," for site, pair in sites.items()),
+        "}",
+        "weights = {  # codes",
+        *(f"    {site!r}: {_text(codes)}," for site, codes in values.weights.items()),
+        "}",
+        "biases = {  # reals",
+        *(f"    {site!r}: {_text(reals)}," for site, reals in values.biases.items()),
+        "}",
+        f"formats = {case.formats!r}",
+        f"prepared = with_values(Model(), inputs, scales, weights, biases, formats, target={case.target.name!r})",
+        "integer = qgraph.convert(prepared)",
+        f"run = qgraph.Simulator(integer, kernels={_kernels(mismatch)!r}).run(*inputs.values(), record=True)",
+        f"site = {mismatch.site!r}",
+        f"got = {_text(mismatch.got)}  # {mismatch.who}",
+        f"expected = {_text(mismatch.expected)}  # {mismatch.against}",
+        "print(run.values[site], got, expected)",
+    ]
+    return "\n".join(lines)
+
+
+def _kernels(mismatch: Mismatch) -> str:
+    return mismatch.who
+
+
+def _live(failure: Failure) -> set[str]:
+    """Sites of the shrunk network; those of steps that are gone are left out."""
+    from qgraph.quantization.sites import quantizers
+
+    return {module.site for module in quantizers(failure.built.prepared)}
+
+
+def _text(tensor: torch.Tensor) -> str:
+    text = str(tensor.tolist())
+    shown = text if len(text) < 4000 else f"{text[:4000]}...  (cut)"
+    return f"torch.tensor({shown}, dtype={tensor.dtype})"
