@@ -17,7 +17,6 @@ from tests.oracle.operators import call
 
 STAGE = Stage.INTEGER
 SUPPORTED: frozenset[str] | None = None
-MACS = 6_000
 STORAGE = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 
 

@@ -11,7 +11,7 @@ from qgraph.targets import Target
 from tests.conformance.operators import OPERATORS, Chance, Operator
 from tests.conformance.program import Program, Shape, Step, evaluate
 
-SMALL_MACS = 6_000
+SMALL_MACS = 20_000
 LARGE_MACS = 8_000_000
 # Sums long enough to leave float32's exact whole numbers.
 LONG_SUMS = (512, 1024, 2048, 4096, 8192)
@@ -43,6 +43,7 @@ class _Drawing:
         self.inputs: dict[str, Shape] = {}
         self.steps: list[Step] = []
         self.values: dict[str, torch.Tensor] = {}
+        self.first: str | None = None
 
     def program(self) -> Program | None:
         self._input(self._first_shape())
@@ -58,13 +59,21 @@ class _Drawing:
         batch = chance.choice([1, 1, 2, 3])
         rank = chance.choice([2, 3, 4, 4, 4, 4])
         if rank == 2:
-            long = chance.likely(0.25) and "linear" in self.operators
-            return (batch, chance.choice(LONG_SUMS) if long else chance.size(12, 300))
+            if chance.likely(0.5) and "linear" in self.operators:
+                return self._long(2)
+            return (batch, chance.size(12, 300))
+        if rank == 4 and chance.likely(0.05) and "conv2d" in self.operators:
+            return self._long(4)
         channels = chance.choice([1, 2, 3, 4, 6, 8])
         if chance.large:
             channels = chance.choice([3, 8, 16, 17, 32, 64])
-        sides = tuple(chance.size(7, 20, least=2) for _ in range(rank - 2))
+        sides = tuple(chance.choice([2, 4, 4, 8, chance.size(7, 20, least=2)]) for _ in range(rank - 2))
         return (batch, channels, *sides)
+
+    def _long(self, rank: int) -> Shape:
+        """One row of many channels, read by a product."""
+        self.first = {2: "linear", 4: "conv2d"}[rank]
+        return (1, self.chance.choice(LONG_SUMS), *[1] * (rank - 2))
 
     def _input(self, shape: Shape) -> str:
         name = f"x{len(self.inputs)}"
@@ -103,6 +112,8 @@ class _Drawing:
 
     def _operator(self, rank: int) -> tuple[str, Operator]:
         fitting = {n: o for n, o in self.operators.items() if not o.ranks or rank in o.ranks}
+        if self.first is not None and not self.steps:
+            return self.first, fitting[self.first]
         name = self.chance.choices(list(fitting), [operator.weight for operator in fitting.values()])[0]
         return name, fitting[name]
 

@@ -111,7 +111,7 @@ def _conv_macs(options: Options, shape: Shape) -> int:
 
 
 def _pool(chance: Chance, shape: Shape) -> Options | None:
-    kernel = (chance.randint(1, 3), chance.randint(1, 3))
+    kernel = (chance.choice([1, 2, 2, 3, 4]), chance.choice([1, 2, 2, 3, 4]))
     if shape[2] < kernel[0] or shape[3] < kernel[1]:
         return None
     padding = (chance.randint(0, kernel[0] // 2), chance.randint(0, kernel[1] // 2))
@@ -231,10 +231,10 @@ OPERATORS: dict[str, Operator] = {
         (4,),
         draw=_pool,
         least=_POOL_LEAST,
-        weight=2,
+        weight=5,
     ),
     "plain_avg_pool2d": Operator(
-        ("avg_pool2d",), "F.avg_pool2d({0}, {kernel}, {stride})", (4,), draw=_unpadded_pool, least=_POOL_LEAST
+        ("avg_pool2d",), "F.avg_pool2d({0}, {kernel}, {stride})", (4,), draw=_unpadded_pool, least=_POOL_LEAST, weight=2
     ),
     "adaptive_avg_pool2d": Operator(
         ("adaptive_avg_pool2d",),
@@ -242,10 +242,11 @@ OPERATORS: dict[str, Operator] = {
         (4,),
         draw=lambda chance, shape: {"size": (chance.randint(1, 3), chance.randint(1, 3))},
         least={"size": 1},
+        weight=2,
     ),
-    "global_avg_pool": Operator(("adaptive_avg_pool2d",), "F.adaptive_avg_pool2d({0}, 1)", (4,)),
-    "mean": Operator(("mean",), "{0}.mean((2, 3), keepdim={keep})", (4,), draw=_mean),
-    "row_mean": Operator(("mean",), "{0}.mean(-1, keepdim={keep})", (2, 3), draw=_mean),
+    "global_avg_pool": Operator(("adaptive_avg_pool2d",), "F.adaptive_avg_pool2d({0}, 1)", (4,), weight=2),
+    "mean": Operator(("mean",), "{0}.mean((2, 3), keepdim={keep})", (4,), draw=_mean, weight=2),
+    "row_mean": Operator(("mean",), "{0}.mean(-1, keepdim={keep})", (2, 3), draw=_mean, weight=2),
     "cat": Operator(("cat",), "torch.cat([{0}, {1}], 1)", (2, 3, 4), other=_same, weight=2),
     "pad": Operator(("pad",), "F.pad({0}, {pads})", (4,), draw=_padding, least={"pads": 0}, weight=3),
     "nearest": Operator(("interpolate",), "F.interpolate({0}, scale_factor=2.0, mode='nearest')", (4,)),

@@ -20,6 +20,7 @@ from tests.conformance.program import Program, Step
 from tests.conformance.values import Values
 
 Compare = Callable[[Built], Comparison]
+Phase = Callable[[Case], Iterator[Case]]
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,29 @@ def shrink(case: Case, run: Compare, *, tries: int = 600) -> Failure:
     best = attempt(case, run)
     if best is None:
         raise AssertionError("the case to shrink does not fail")
-    left = tries
-    improved = True
+    left, improved = tries, True
     while improved and left > 0:
         improved = False
-        for candidate in candidates(best):
+        for phase in PHASES:
+            best, left, changed = _phase(phase, best, run, left)
+            improved |= changed
+    return best
+
+
+def _phase(phase: Phase, best: Failure, run: Compare, left: int) -> tuple[Failure, int, bool]:
+    """One kind of change, until none of that kind fails any more."""
+    changed, again = False, True
+    while again and left > 0:
+        again = False
+        for candidate in phase(best.case):
             left -= 1
             found = attempt(candidate, run)
             if found is not None:
-                best, improved = found, True
+                best, changed, again = found, True, True
                 break
             if left <= 0:
                 break
-    return best
+    return best, left, changed
 
 
 def attempt(case: Case, run: Compare) -> Failure | None:
@@ -113,39 +124,52 @@ def cut(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 # --- candidates ----------------------------------------------------------------------------------------------------
 
 
-def candidates(failure: Failure) -> Iterator[Case]:
-    """Simpler cases, the boldest changes first."""
-    case = failure.case
-    for program, inputs in simpler_programs(case, failure):
-        yield replace(case, program=program, values=replace(case.values, inputs={**case.values.inputs, **inputs}))
-    yield from _smaller_inputs(case)
-    yield from simpler_values(case)
-
-
-def simpler_programs(case: Case, failure: Failure) -> Iterator[tuple[Program, dict[str, torch.Tensor]]]:
+def fewer_steps(case: Case) -> Iterator[Case]:
+    """Calls left out: after one, before one, or alone."""
     program = case.program
     steps = program.steps
     for count in range(1, len(steps)):
-        yield program.with_steps(steps[:count]).used(), {}
+        yield replace(case, program=program.with_steps(steps[:count]).used())
     for position, step in enumerate(steps):
-        yield from _fresh_operands(program, position)
+        yield from (replace(case, program=changed) for changed in _fresh_operands(program, position))
         if len(steps) > 1:
-            yield from _without(program, position, step)
+            yield from (replace(case, program=changed) for changed in _without(program, step))
+
+
+def smaller_options(case: Case) -> Iterator[Case]:
+    """Kernels, strides, paddings and channels of the calls."""
+    steps = case.program.steps
     for position, step in enumerate(steps):
         for name, value in step.options.items():
             for smaller in _smaller(value, step.least.get(name)):
                 changed = replace(step, options={**step.options, name: smaller})
-                yield program.with_steps([*steps[:position], changed, *steps[position + 1 :]]), {}
+                yield replace(
+                    case, program=case.program.with_steps([*steps[:position], changed, *steps[position + 1 :]])
+                )
 
 
-def _without(program: Program, position: int, step: Step) -> Iterator[tuple[Program, dict[str, torch.Tensor]]]:
+def without_groups(case: Case) -> Iterator[Case]:
+    """The first group of a convolution alone: channels and groups go together."""
+    program = case.program
+    for position, step in enumerate(program.steps):
+        groups, source = step.options.get("groups", 1), step.inputs[0]
+        if groups == 1 or source not in program.inputs:
+            continue
+        batch, channels, *sizes = program.inputs[source]
+        options = {**step.options, "groups": 1, "out": max(step.options["out"] // groups, 1)}
+        steps = (*program.steps[:position], replace(step, options=options), *program.steps[position + 1 :])
+        inputs = {**program.inputs, source: (batch, channels // groups, *sizes)}
+        yield replace(case, program=Program(inputs, steps))
+
+
+def _without(program: Program, step: Step) -> Iterator[Program]:
     """A step left out: its users read one of its operands."""
     for operand in step.inputs:
         rest = [_renamed(s, step.name, operand) for s in program.steps if s is not step]
-        yield program.with_steps(rest).used(), {}
+        yield program.with_steps(rest).used()
 
 
-def _fresh_operands(program: Program, position: int) -> Iterator[tuple[Program, dict[str, torch.Tensor]]]:
+def _fresh_operands(program: Program, position: int) -> Iterator[Program]:
     """Everything before a step left out: its operands become inputs."""
     step = program.steps[position]
     computed = [name for name in dict.fromkeys(step.inputs) if name not in program.inputs]
@@ -158,7 +182,7 @@ def _fresh_operands(program: Program, position: int) -> Iterator[tuple[Program, 
         steps = tuple(_renamed(s, name, f"x_{name}") for s in steps)
     missing = {i for s in steps for i in s.inputs} - set(inputs) - {s.name for s in steps}
     if not missing:
-        yield Program(inputs, steps).used(), {}
+        yield Program(inputs, steps).used()
 
 
 def _renamed(step: Step, old: str, new: str) -> Step:
@@ -179,19 +203,25 @@ def _smaller(value: Any, least: Any) -> Iterator[Any]:
                 yield (*value[:position], smaller, *value[position + 1 :])
 
 
-def _smaller_inputs(case: Case) -> Iterator[Case]:
-    """One axis of the inputs cut, in all inputs that share the size, or in one."""
+def smaller_inputs(case: Case) -> Iterator[Case]:
+    """One axis of the inputs cut, at its end or its start, in all inputs that share the size, or in one."""
     inputs = dict(case.program.inputs)
     for name, shape in inputs.items():
         for axis, size in enumerate(shape):
             for smaller in dict.fromkeys(n for n in (1, size // 2, size - 1) if 1 <= n < size):
-                together = {
-                    other: tuple(smaller if a == axis and s == size else s for a, s in enumerate(given))
-                    for other, given in inputs.items()
-                }
-                alone = {**inputs, name: tuple(smaller if a == axis else s for a, s in enumerate(shape))}
-                for changed in (together, alone) if together != alone else (alone,):
-                    yield replace(case, program=replace(case.program, inputs=changed))
+                sharing = [n for n, s in inputs.items() if axis < len(s) and s[axis] == size]
+                for names in (sharing, [name]) if sharing != [name] else ([name],):
+                    yield from _cut_inputs(case, names, axis, smaller)
+
+
+def _cut_inputs(case: Case, names: list[str], axis: int, size: int) -> Iterator[Case]:
+    shapes, tensors = dict(case.program.inputs), case.values.inputs
+    for name in names:
+        shapes[name] = tuple(size if a == axis else s for a, s in enumerate(shapes[name]))
+    program = replace(case.program, inputs=shapes)
+    for at_end in (False, True):
+        kept = {n: t.narrow(axis, t.shape[axis] - size if at_end else 0, size) for n, t in tensors.items() if n in names}
+        yield replace(case, program=program, values=replace(case.values, inputs={**tensors, **kept}))
 
 
 def simpler_values(case: Case) -> Iterator[Case]:
@@ -252,6 +282,8 @@ def _simpler_tensors(tensor: torch.Tensor, unit: float) -> Iterator[torch.Tensor
                     if not torch.equal(smaller, flat):
                         yield smaller.reshape(tensor.shape)
 
+
+PHASES: tuple[Phase, ...] = (fewer_steps, without_groups, smaller_inputs, smaller_options, simpler_values)
 
 # --- the reproducer ------------------------------------------------------------------------------------------------
 
