@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,17 +77,37 @@ def compare(built: Built, kernels: Iterable[str], engine: Any = None) -> Compari
     result = Comparison()
     reference = Simulator(built.integer, kernels=REFERENCE).run(*built.inputs, record=True).values
     for name in kernels:
-        fast = Simulator(built.integer, kernels=name).run(*built.inputs, record=True).values
-        _compare(fast, reference, name, REFERENCE, result)
+        fast = _outcome(lambda name=name: Simulator(built.integer, kernels=name).run(*built.inputs, record=True).values)
+        if isinstance(fast, Exception):
+            result.mismatches.append(_raised(fast, name, REFERENCE))
+        else:
+            _compare(fast, reference, name, REFERENCE, result)
     if engine is not None:
         graph = built.integer if getattr(engine, "STAGE", Stage.PREPARED) is Stage.INTEGER else built.frozen
-        computed = engine.run(graph, built.inputs)
+        computed = _outcome(lambda: engine.run(graph, built.inputs))
+        if isinstance(computed, Exception):
+            result.mismatches.append(_raised(computed, engine.__name__, REFERENCE))
+            return result
         quantized = {site for site, value in reference.items() if not value.is_floating_point()}
         shared = {site: value for site, value in computed.items() if site in quantized}
         if not shared.keys() - _inputs(built):
             raise AssertionError(f"the engine shows none of {sorted(quantized)}, only {sorted(computed)}")
         _compare({site: reference[site] for site in shared}, shared, REFERENCE, engine.__name__, result)
     return result
+
+
+def _outcome(run: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | Exception:
+    """What a run returns or raises; an error of a kernel or an engine is a finding, not the end of a session."""
+    try:
+        return run()
+    except Exception as error:  # noqa: BLE001
+        return error
+
+
+def _raised(error: Exception, who: str, against: str) -> Mismatch:
+    lines = str(error).splitlines() or [""]
+    nothing = torch.zeros(0)
+    return Mismatch("the run", who, against, f"outcome: {type(error).__name__}: {lines[0]}", nothing, nothing)
 
 
 def _inputs(built: Built) -> set[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from qgraph.errors import QuantizationError
+from qgraph.errors import QuantizationError, UserError
+from qgraph.ir.node_info import info
 from qgraph.targets import Target, get_target
 from tests.conformance.build import Built, Case, build, draw_formats
 from tests.conformance.compare import Comparison, Mismatch, compare, kernel_sets
@@ -106,8 +107,12 @@ class Session:
         program = draw_program(chance, self.known)
         try:
             formats, prepared = draw_formats(program, self.device, chance)
-        except QuantizationError as error:
+        except (QuantizationError, UserError) as error:
             self.summary.refused[error.what] += 1
+            return
+        reasons = [info(node).float_reason for node in prepared.graph.nodes if info(node).float_reason]
+        if reasons:  # a float island: nothing to compare
+            self.summary.refused[str(reasons[0])] += 1
             return
         self.summary.networks += 1
         default = (formats.results[0], formats.weights[0])
