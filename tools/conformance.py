@@ -59,7 +59,9 @@ def _session(options: argparse.Namespace) -> Session:
     if reason is not None:
         raise UserError(f"the engine of {options.target} is not available: {reason}", fix="give --no-engine")
     if engine is None and not kernel_sets(options.kernels):
-        raise UserError("there is nothing to compare the reference kernels with", fix="leave --no-engine or --large out")
+        raise UserError(
+            "there is nothing to compare the reference kernels with", fix="leave --no-engine or --large out"
+        )
     return Session(
         options.target, engine, options.kernels, options.seed, large=options.large, operators=options.operators
     )

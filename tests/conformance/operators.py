@@ -176,10 +176,24 @@ def _two(chance: Chance, shape: Shape) -> Options | None:
 
 OPERATORS: dict[str, Operator] = {
     "conv1d": Operator(
-        ("conv1d",), "self.{name}({0})", (3,), _conv_text("Conv1d"), _conv(1), least=_CONV_LEAST, weight=10, macs=_conv_macs
+        ("conv1d",),
+        "self.{name}({0})",
+        (3,),
+        _conv_text("Conv1d"),
+        _conv(1),
+        least=_CONV_LEAST,
+        weight=10,
+        macs=_conv_macs,
     ),
     "conv2d": Operator(
-        ("conv2d",), "self.{name}({0})", (4,), _conv_text("Conv2d"), _conv(2), least=_CONV_LEAST, weight=16, macs=_conv_macs
+        ("conv2d",),
+        "self.{name}({0})",
+        (4,),
+        _conv_text("Conv2d"),
+        _conv(2),
+        least=_CONV_LEAST,
+        weight=16,
+        macs=_conv_macs,
     ),
     "conv_transpose2d": Operator(
         ("conv_transpose2d",),
@@ -202,7 +216,12 @@ OPERATORS: dict[str, Operator] = {
         macs=lambda options, shape: shape[-1],
     ),
     "matmul": Operator(
-        ("matmul",), "torch.matmul({0}, {1})", (2, 3, 4), other=_columns, weight=2, macs=lambda options, shape: shape[-1]
+        ("matmul",),
+        "torch.matmul({0}, {1})",
+        (2, 3, 4),
+        other=_columns,
+        weight=2,
+        macs=lambda options, shape: shape[-1],
     ),
     "add": Operator(("add",), "{0} + {1}", other=_broadcasting, weight=4),
     "sub": Operator(("sub",), "{0} - {1}", other=_broadcasting),

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+FILE = "case"
+"""What source lines of nodes name as their file."""
+
 Shape = tuple[int, ...]
 NAMES = {"torch": torch, "nn": nn, "F": F}
 
@@ -90,10 +93,16 @@ class Program:
         lines += [f"        {step.name} = {step.call_text(shape)}" for step, shape in first]
         return "\n".join([*lines, f"        return {self.steps[-1].name}", ""])
 
+    def lines(self) -> dict[str, int]:
+        """Line of the source in which each step is called."""
+        text = self.source().splitlines()
+        first = len(text) - len(self.steps)  # the last line returns
+        return {step.name: first + position for position, step in enumerate(self.steps)}
+
     def model(self) -> nn.Module:
         """The module, in eval mode."""
         scope: dict[str, Any] = dict(NAMES)
-        exec(compile(self.source(), "<case>", "exec"), scope)  # noqa: S102 - the text was made above
+        exec(compile(self.source(), FILE, "exec"), scope)  # noqa: S102 - the text was made above
         model: nn.Module = scope["Model"]().eval()
         return model
 

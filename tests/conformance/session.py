@@ -141,4 +141,3 @@ class Session:
     def compare(self, built: Built) -> Comparison:
         """One case, on everything this session compares."""
         return compare(built, self.sets, self.engine)
-

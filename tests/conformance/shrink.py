@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from qgraph.errors import QGraphError
+from qgraph.ir.node_info import info
+from qgraph.simulator import Simulator
 from tests.conformance.build import Built, Case, build
 from tests.conformance.compare import Comparison, Mismatch
 from tests.conformance.program import Program, Step
 from tests.conformance.values import Values
 
 Compare = Callable[[Built], Comparison]
-Phase = Callable[[Case], Iterator[Case]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Failure:
     @property
     def case(self) -> Case:
         return self.built.case
+
+
+Phase = Callable[[Failure], Iterator[Case]]
 
 
 def shrink(case: Case, run: Compare, *, tries: int = 600) -> Failure:
@@ -58,7 +62,7 @@ def _phase(phase: Phase, best: Failure, run: Compare, left: int) -> tuple[Failur
     changed, again = False, True
     while again and left > 0:
         again = False
-        for candidate in phase(best.case):
+        for candidate in phase(best):
             left -= 1
             found = attempt(candidate, run)
             if found is not None:
@@ -124,20 +128,70 @@ def cut(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 # --- candidates ----------------------------------------------------------------------------------------------------
 
 
-def fewer_steps(case: Case) -> Iterator[Case]:
-    """Calls left out: after one, before one, or alone."""
-    program = case.program
-    steps = program.steps
-    for count in range(1, len(steps)):
-        yield replace(case, program=program.with_steps(steps[:count]).used())
-    for position, step in enumerate(steps):
-        yield from (replace(case, program=changed) for changed in _fresh_operands(program, position))
-        if len(steps) > 1:
-            yield from (replace(case, program=changed) for changed in _without(program, step))
+def windows(failure: Failure) -> Iterator[Case]:
+    """Some consecutive calls alone, the shortest first; what they read becomes inputs with the codes they had."""
+    case = failure.case
+    steps = case.program.steps
+    if len(steps) == 1:
+        return
+    known = Known(failure)
+    spans = [(a, b) for a in range(len(steps)) for b in range(a + 1, len(steps) + 1) if b - a < len(steps)]
+    wrong = {p for p, step in enumerate(steps) if known.sites.get(step.name) == failure.mismatch.site}
+    spans = [span for span in spans if not wrong or wrong & set(range(*span))]
+    for first, last in sorted(spans, key=lambda span: span[1] - span[0]):
+        yield from known.alone(case, steps[first:last])
 
 
-def smaller_options(case: Case) -> Iterator[Case]:
+def fewer_steps(failure: Failure) -> Iterator[Case]:
+    """A call left out: its users read one of its operands."""
+    case = failure.case
+    if len(case.program.steps) > 1:
+        for step in case.program.steps:
+            yield from (replace(case, program=changed) for changed in _without(case.program, step))
+
+
+class Known:
+    """The codes a failing case computes, by the names of its values."""
+
+    def __init__(self, failure: Failure) -> None:
+        built = failure.built
+        self.codes = Simulator(built.integer).run(*built.inputs, record=True).values
+        self.formats = failure.case.formats
+        self.qparams = {info(node).site: info(node).qparams for node in built.integer.graph.nodes}
+        nodes = [node for node in built.integer.graph.nodes if info(node).site in self.codes]
+        by_line = {info(n).source.line: info(n).site for n in nodes if n.op == "call_function" and info(n).source}
+        self.sites = {name: f"{name}.quant" for name in failure.case.program.inputs}
+        lines = failure.case.program.lines()
+        for step in failure.case.program.steps:
+            fused = self.sites.get(step.inputs[0], "")
+            self.sites[step.name] = by_line.get(lines[step.name], fused)
+
+    def alone(self, case: Case, steps: tuple[Step, ...]) -> Iterator[Case]:
+        """The case of these steps alone."""
+        made = {step.name for step in steps}
+        read = dict.fromkeys(name for step in steps for name in step.inputs if name not in made)
+        inputs = {name: shape for name, shape in case.program.inputs.items() if name in read}
+        tensors, scales, formats = dict(case.values.inputs), dict(case.values.scales), dict(case.formats)
+        for name in read:
+            if name in inputs:
+                continue
+            site, fresh = self.sites[name], f"x_{name}"
+            qparams = self.qparams.get(site)
+            if qparams is None or qparams.per_channel:
+                return
+            reals = (self.codes[site].double() - qparams.zero) * qparams.scale.double()
+            inputs[fresh], tensors[fresh] = tuple(reals.shape), reals.to(torch.float32)
+            scales[f"{fresh}.quant"] = ([qparams.scale.item()], qparams.zero)
+            formats[f"{fresh}.quant"] = (str(qparams.qtype), "int8")
+            steps = tuple(_renamed(step, name, fresh) for step in steps)
+        program = Program(inputs, steps)
+        values = replace(case.values, inputs=tensors, scales=scales)
+        yield replace(case, program=program.used(), values=values, formats=formats)
+
+
+def smaller_options(failure: Failure) -> Iterator[Case]:
     """Kernels, strides, paddings and channels of the calls."""
+    case = failure.case
     steps = case.program.steps
     for position, step in enumerate(steps):
         for name, value in step.options.items():
@@ -148,8 +202,9 @@ def smaller_options(case: Case) -> Iterator[Case]:
                 )
 
 
-def without_groups(case: Case) -> Iterator[Case]:
+def without_groups(failure: Failure) -> Iterator[Case]:
     """The first group of a convolution alone: channels and groups go together."""
+    case = failure.case
     program = case.program
     for position, step in enumerate(program.steps):
         groups, source = step.options.get("groups", 1), step.inputs[0]
@@ -167,22 +222,6 @@ def _without(program: Program, step: Step) -> Iterator[Program]:
     for operand in step.inputs:
         rest = [_renamed(s, step.name, operand) for s in program.steps if s is not step]
         yield program.with_steps(rest).used()
-
-
-def _fresh_operands(program: Program, position: int) -> Iterator[Program]:
-    """Everything before a step left out: its operands become inputs."""
-    step = program.steps[position]
-    computed = [name for name in dict.fromkeys(step.inputs) if name not in program.inputs]
-    if not computed:
-        return
-    shapes = program.shapes()
-    inputs = {**program.inputs, **{f"x_{name}": shapes[name] for name in computed}}
-    steps = program.steps[position:]
-    for name in computed:
-        steps = tuple(_renamed(s, name, f"x_{name}") for s in steps)
-    missing = {i for s in steps for i in s.inputs} - set(inputs) - {s.name for s in steps}
-    if not missing:
-        yield Program(inputs, steps).used()
 
 
 def _renamed(step: Step, old: str, new: str) -> Step:
@@ -203,8 +242,9 @@ def _smaller(value: Any, least: Any) -> Iterator[Any]:
                 yield (*value[:position], smaller, *value[position + 1 :])
 
 
-def smaller_inputs(case: Case) -> Iterator[Case]:
+def smaller_inputs(failure: Failure) -> Iterator[Case]:
     """One axis of the inputs cut, at its end or its start, in all inputs that share the size, or in one."""
+    case = failure.case
     inputs = dict(case.program.inputs)
     for name, shape in inputs.items():
         for axis, size in enumerate(shape):
@@ -220,11 +260,15 @@ def _cut_inputs(case: Case, names: list[str], axis: int, size: int) -> Iterator[
         shapes[name] = tuple(size if a == axis else s for a, s in enumerate(shapes[name]))
     program = replace(case.program, inputs=shapes)
     for at_end in (False, True):
-        kept = {n: t.narrow(axis, t.shape[axis] - size if at_end else 0, size) for n, t in tensors.items() if n in names}
+        kept = {
+            n: t.narrow(axis, t.shape[axis] - size if at_end else 0, size) for n, t in tensors.items() if n in names
+        }
         yield replace(case, program=program, values=replace(case.values, inputs={**tensors, **kept}))
 
 
-def simpler_values(case: Case) -> Iterator[Case]:
+def simpler_values(failure: Failure) -> Iterator[Case]:
+    """Scales, zero points and tensors."""
+    case = failure.case
     values = case.values
     for site, (scales, zero) in values.scales.items():
         for simpler in _simpler_scales(scales, zero):
@@ -283,7 +327,7 @@ def _simpler_tensors(tensor: torch.Tensor, unit: float) -> Iterator[torch.Tensor
                         yield smaller.reshape(tensor.shape)
 
 
-PHASES: tuple[Phase, ...] = (fewer_steps, without_groups, smaller_inputs, smaller_options, simpler_values)
+PHASES: tuple[Phase, ...] = (windows, fewer_steps, without_groups, smaller_inputs, smaller_options, simpler_values)
 
 # --- the reproducer ------------------------------------------------------------------------------------------------
 

@@ -28,9 +28,22 @@ from qgraph.quantization.states import FakeQuantState
 from tests.conformance.operators import Chance
 
 SCALE_KINDS = ("ties", "ties", "ties", "free", "saturating", "coarse", "mixed", "mixed")
-CODE_KINDS = ("any", "any", "small", "ends", "lowest", "highest", "equal", "sparse")
-INPUT_KINDS = ("codes", "codes", "ties", "ties", "ends", "lowest", "highest", "beyond", "free", "small")
-ODD = (1, 1, 1, 3, 5, 7, 9, 11)
+CODE_KINDS = ("any", "any", "powers", "powers", "small", "small", "ends", "lowest", "highest", "equal", "sparse")
+INPUT_KINDS = (
+    "codes",
+    "codes",
+    "powers",
+    "powers",
+    "ties",
+    "ties",
+    "ends",
+    "lowest",
+    "highest",
+    "beyond",
+    "free",
+    "small",
+)
+ODD = (1, 1, 1, 1, 1, 3, 3, 5, 7, 11)
 
 
 @dataclass
@@ -182,9 +195,7 @@ class Drawing:
         if self.chance.likely(0.4):
             return [first] * count
         wide = self.chance.likely(0.1)
-        return [
-            self.scale(first) * (2.0 ** self.chance.randint(-16, 8) if wide else 1.0) for _ in range(count)
-        ]
+        return [self.scale(first) * (2.0 ** self.chance.randint(-16, 8) if wide else 1.0) for _ in range(count)]
 
     def codes(self, shape: tuple[int, ...], qtype: QType, scheme: Scheme) -> torch.Tensor:
         """int64 codes of a weight."""
@@ -199,6 +210,10 @@ class Drawing:
 
         if kind == "small":
             return (zero + between(-3, 3)).clamp(low, high)
+        if kind == "powers":  # sums with trailing zeros, whose halves are ties
+            signs = torch.where(between(0, 1) == 0, 1, -1)
+            top = (high - low + 1).bit_length() - 2
+            return (zero + signs * (1 << between(0, top))).clamp(low, high)
         if kind == "ends":
             return torch.tensor([low, high, low + 1, zero])[between(0, 3)]
         if kind in ("lowest", "highest", "equal"):
