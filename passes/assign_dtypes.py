@@ -9,17 +9,18 @@ computed differently yet, except that an operand in the wrong format gets a stub
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
 from qgraph.errors import QuantizationError
-from qgraph.ir.arguments import bind, quant_rule
+from qgraph.ir.arguments import bind, coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
-from qgraph.ir.node_info import NodeInfo, SitePlan, info, module_of, where
+from qgraph.ir.node_info import SitePlan, info, module_of, where
 from qgraph.ir.op import OpKind, QuantRule
-from qgraph.ir.op_table import DEQUANT_STUB, FUSABLE, ITEM, QUANT_STUB
+from qgraph.ir.op_table import CONSTANT, DEQUANT_STUB, EMBEDDING, FUSABLE, ITEM, QUANT_STUB
 from qgraph.ir.stage import Stage
+from qgraph.ir.values import holds_floats
 from qgraph.nn import QuantStub
 from qgraph.numerics import Format, QType, Scheme, qint8, qint16
 from qgraph.pipeline import Pass, PassContext, PassResult
@@ -35,6 +36,8 @@ from qgraph.quantization.qconfig import (
 from qgraph.targets import Target, get_target
 
 _INNER_RULE = "inner step of a composite"
+_POSITION_RULE = "it computes sampling positions"
+_DEFAULT_RULES = (_INNER_RULE, _POSITION_RULE)
 _STUB_RULE = "fixed scale of the QuantStub"
 
 
@@ -49,7 +52,7 @@ class AssignDtypes(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
-        planner = _Planner(edit, ctx)
+        planner = _Planner(edit, ctx, _computes_positions(gm.graph))
         for node in list(gm.graph.nodes):
             planner.visit(node)
         check_all_used(planner.setters, planner.queries)
@@ -59,8 +62,9 @@ class AssignDtypes(Pass):
 class _Planner:
     """Walks the graph in execution order, so that the formats of operands are known."""
 
-    def __init__(self, edit: Editor, ctx: PassContext) -> None:
+    def __init__(self, edit: Editor, ctx: PassContext, positions: set[fx.Node]) -> None:
         self.edit = edit
+        self.positions = positions
         self.target: Target = ctx.target or get_target("bpu")
         self.eight_bits = self.target.eight_bits
         self.setters = ctx.setters or as_setters(None)
@@ -81,14 +85,18 @@ class _Planner:
         if not operands:
             return
         if record.op is ITEM or quant_rule(node) is QuantRule.SAME:
-            self.formats[node] = self.formats[operands[0][1]]
+            if holds_floats(record.value):
+                self.formats[node] = self.formats[operands[0][1]]
         elif quant_rule(node) is QuantRule.OWN:
             self._plan(node, tuple(operands))
 
     def _plan(self, node: fx.Node, operands: tuple[tuple[str, fx.Node], ...]) -> None:
         record = info(node)
-        qconfig, rule = self._decide(record)
+        qconfig, rule = self._decide(node)
+        observer = qconfig.activation_observer
         result = require_integer(qconfig.output, where(node))
+        if _is_table(node):
+            result, observer = require_integer(qconfig.weight, where(node)), qconfig.weight_observer
         fixed = qconfig.fixed_scale
         stub = module_of(node) if record.op is QUANT_STUB else None
         if isinstance(stub, QuantStub) and stub.scale is not None:
@@ -100,7 +108,7 @@ class _Planner:
         if record.op is not QUANT_STUB:
             weight, result, operands, overrode = self._legalized(node, operands, weight, result, rule)
         scheme = self._scheme(node, result, rule)
-        plan = SitePlan(result, qconfig.activation_observer, False, rule, overrode, fixed, scheme)
+        plan = SitePlan(result, observer, False, rule, overrode, fixed, scheme)
         weight_plan = None
         if weight is not None:
             per_channel, scheme = self.target.weight_per_channel, self.target.weight_scheme(weight)
@@ -118,12 +126,15 @@ class _Planner:
             )
         return self.target.activation_scheme(result)
 
-    def _decide(self, record: NodeInfo) -> tuple[QConfig, str]:
+    def _decide(self, node: fx.Node) -> tuple[QConfig, str]:
+        record = info(node)
         query = SiteQuery(record.site, record.module, record.stands_for, record.op.name)
         self.queries.append(query)
         qconfig, rule = resolve(self.setters, query)
         if record.inner and rule in self.defaults:
             return QConfig(qint16, qconfig.weight, None, qconfig.activation_observer), _INNER_RULE
+        if node in self.positions and rule in self.defaults:
+            return replace(qconfig, output=qint16, input=None), _POSITION_RULE
         if rule in self.defaults and qconfig.output == qint8:
             return replace(qconfig, output=self.eight_bits), rule
         return qconfig, rule
@@ -144,7 +155,7 @@ class _Planner:
         if legal is None or legal.accepts(given, result):
             return weight, result, operands, ()
         request = f"{', '.join(map(str, given))} -> {result}"
-        explicit = rule not in self.defaults and rule != _INNER_RULE
+        explicit = rule not in self.defaults and rule not in _DEFAULT_RULES
         # A format that no line has at all was never meant as a default among others.
         known = weight is None or any(weight in line.operands[-1] for line in legal.legal)
         if not explicit and known:
@@ -210,5 +221,30 @@ def _operands(node: fx.Node) -> list[tuple[str, fx.Node]]:
         return [("value", node.all_input_nodes[0])]
     if info(node).op.kind is OpKind.OPAQUE:
         return []
-    found: list[tuple[str, Any]] = list(bind(node).nodes())
+    return coded_operands(node)
+
+
+def _computes_positions(graph: fx.Graph) -> set[fx.Node]:
+    """What positions are computed from, back to where values come in or a matrix product made them."""
+    found: set[fx.Node] = set()
+    pending = [
+        operand
+        for node in graph.nodes
+        if info(node).op.positions
+        for name, operand in bind(node).nodes()
+        if name in info(node).op.positions
+    ]
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if info(node).op.kind is not OpKind.MATMUL and info(node).op not in (QUANT_STUB, DEQUANT_STUB):
+            pending += [operand for _, operand in _operands(node)] if node.op.startswith("call") else []
     return found
+
+
+def _is_table(node: fx.Node) -> bool:
+    """Whether a stub quantizes the table of an embedding, which is a weight."""
+    reads_constant = any(info(operand).op is CONSTANT for operand in node.all_input_nodes)
+    return reads_constant and any(info(user).op is EMBEDDING for user in node.users)

@@ -4,6 +4,7 @@
     nn.ReLU()(x), F.relu(x), x.clamp(min=0)   -> relu(x)
     F.conv2d(x, weight, bias)                 -> a Conv2d module, if the weights are the model's own
     nn.Conv2d(padding_mode="reflect")         -> pad, then a plain convolution
+    x.max(dim), x.topk(k), x.sort()           -> indices, and a gather of the values
     Identity, eval-mode dropout, clone, contiguous, detach, casts to the same dtype -> gone
 Copies into another memory layout stay: what follows would add in another order. `use-channels-last` removes them.
 
@@ -28,6 +29,7 @@ from qgraph.ir.node_info import graph_info, info
 from qgraph.ir.op import Op, OpKind
 from qgraph.ir.shapes import tensor_spec
 from qgraph.pipeline import Pass, PassContext, PassResult
+from qgraph.rewrite.values_and_indices import embedding_as_rows, split_extreme, split_topk
 from qgraph.rewrite.weighted_modules import WEIGHTED, as_plain_module
 
 _LEFT_ALONE = (OpKind.INPUT, OpKind.OUTPUT, OpKind.CONSTANT, OpKind.STRUCTURE, OpKind.STUB, OpKind.OPAQUE)
@@ -152,10 +154,39 @@ def _number_first(node: fx.Node, edit: Editor) -> bool:
     return True
 
 
+_POWERS = {0.5: ops.SQRT, -0.5: ops.RSQRT, -1: ops.RECIPROCAL}
+
+
+def _power(node: fx.Node, edit: Editor) -> bool:
+    """`x ** 2` becomes `x * x`, roots and reciprocals the functions torch itself calls for them."""
+    bound = bind(node)
+    x, exponent = bound.operand("input"), bound.operand("exponent")
+    if not isinstance(x, fx.Node) or isinstance(exponent, fx.Node) or not _computes_in_float(x):
+        return False
+    if exponent == 2:
+        _respell(node, ops.MUL.target, (x, x), {}, ops.MUL, edit)
+    elif exponent in _POWERS:
+        _respell(node, _POWERS[exponent].target, (x,), {}, _POWERS[exponent], edit)
+    else:
+        return False
+    return True
+
+
+def _computes_in_float(value: fx.Node) -> bool:
+    spec = tensor_spec(value)
+    return spec is not None and spec.dtype.is_floating_point
+
+
 _SPECIAL: dict[Op, Callable[[fx.Node, Editor], bool]] = {
     ops.CLAMP: _clamp,
     ops.DIV: _divide,
     ops.ADD: _number_first,
     ops.MUL: _number_first,
+    ops.MAX: split_extreme,
+    ops.MIN: split_extreme,
+    ops.TOPK: split_topk,
+    ops.SORT: split_topk,
+    ops.EMBEDDING: embedding_as_rows,
+    ops.POW: _power,
     **dict.fromkeys(WEIGHTED, as_plain_module),
 }

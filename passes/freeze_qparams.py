@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 from torch import fx
 
 from qgraph.errors import InternalError
-from qgraph.ir.arguments import bind, quant_rule
+from qgraph.ir.arguments import bind, coded_operands, quant_rule
 from qgraph.ir.editor import Editor
 from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op import OpKind, QuantRule
 from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, FUSABLE, ITEM, MATMUL
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.stage import Stage
+from qgraph.ir.values import holds_floats
 from qgraph.lowering.products import accumulator_step, scale_repeats
 from qgraph.nn import Fused
 from qgraph.numerics import QParams, qint32
@@ -69,7 +70,7 @@ def _qparams(node: fx.Node) -> QParams | None:
     if record.op is DEQUANT_STUB or not node.all_input_nodes:
         return None
     first = node.all_input_nodes[0] if record.op is ITEM else _first_operand(node)
-    if first is None or info(first).qparams is None:
+    if first is None or info(first).qparams is None or not holds_floats(record.value):
         return None
     return info(first).qparams if record.op is ITEM or quant_rule(node) is QuantRule.SAME else None
 
@@ -77,7 +78,7 @@ def _qparams(node: fx.Node) -> QParams | None:
 def _first_operand(node: fx.Node) -> fx.Node | None:
     if info(node).op.kind is OpKind.STRUCTURE:
         return None
-    return next((operand for _, operand in bind(node).nodes()), None)
+    return next((operand for _, operand in coded_operands(node)), None)
 
 
 def _site_module(rounding: fx.Node, site: fx.Node) -> FakeQuantize:

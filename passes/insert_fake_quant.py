@@ -13,6 +13,7 @@ from typing import ClassVar, TypeAlias, cast
 from torch import fx, nn
 
 from qgraph.errors import InternalError
+from qgraph.ir.arguments import bind
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.node_info import NodeInfo, SitePlan, info, module_of, where
 from qgraph.ir.op_table import FAKE_QUANT, TRANSPOSED
@@ -22,6 +23,8 @@ from qgraph.numerics import Format, QType
 from qgraph.pipeline import Pass, PassContext, PassResult
 from qgraph.quantization.fake_quantize import BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 from qgraph.quantization.observers import make_observer
+from qgraph.quantization.ordering import ORDERINGS
+from qgraph.quantization.sites import source_quantizer
 from qgraph.targets import get_target
 
 CONTAINER = "quantizers"
@@ -49,6 +52,9 @@ class InsertFakeQuant(Pass):
                 _quantize_weight(node, record.weight_plan, target.bias, weights, edit)
             if record.plan is not None and record.plan.observer != "none":
                 _quantize_result(node, record, record.plan, edit)
+        for node in list(gm.graph.nodes):
+            if info(node).op in ORDERINGS and node.op == "call_function":
+                _order_as_codes(node, edit)
         return PassResult(gm, edit.changes > 0)
 
 
@@ -79,6 +85,18 @@ def _quantize_weight(
     if fused.bias is not None and isinstance(bias, QType):
         fused.bias_fake_quant = BiasFakeQuantize(f"{site}.bias").eval()
     edit.set_module(str(node.target), fused)
+
+
+def _order_as_codes(node: fx.Node, edit: Editor) -> None:
+    """An order of values as a module that knows whether they are rounded."""
+    bound = bind(node)
+    source = source_quantizer(bound.operand("input"))
+    options = {name: bound.option(name) for name in bound.op.options}
+    if source is None or any(isinstance(value, fx.Node) for value in options.values()):
+        return
+    path = edit.free_path(f"orderings.{node_name(info(node).site)}")
+    edit.set_module(path, ORDERINGS[bound.op](source, **options).eval())
+    edit.respell(node, "call_module", path, (bound.operand("input"),))
 
 
 def _integer(plan: SitePlan, node: fx.Node) -> QType:

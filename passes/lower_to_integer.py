@@ -13,10 +13,13 @@ from typing import ClassVar
 from torch import fx
 
 from qgraph.errors import QuantizationError
+from qgraph.ir.arguments import coded_operands
 from qgraph.ir.editor import Editor
 from qgraph.ir.node_info import info, update_graph_info, where
+from qgraph.ir.op import QuantRule
 from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, ITEM
 from qgraph.ir.stage import Stage
+from qgraph.ir.values import holds_floats
 from qgraph.lowering import LoweringContext, lowering_of
 from qgraph.lowering.base import coded
 from qgraph.pipeline import REDEFINES, Numerics, Pass, PassContext, PassResult
@@ -64,9 +67,9 @@ def _lower(node: fx.Node, edit: Editor, context: LoweringContext) -> None:
         edit.bypass(node, node.all_input_nodes[0])
     elif record.op is ITEM:
         source = info(node.all_input_nodes[0]).qparams
-        if source is not None:
+        if source is not None and holds_floats(record.value):
             edit.annotate(node, qparams=source, value=coded(record.value, source))
-    elif record.qparams is not None or record.op is DEQUANT_STUB:
+    elif record.qparams is not None or record.op is DEQUANT_STUB or _reads_codes_only(node):
         lowering = lowering_of(node)
         if lowering is None:
             return
@@ -82,3 +85,11 @@ def _lower(node: fx.Node, edit: Editor, context: LoweringContext) -> None:
             return
         edit.replace(node, lowered)
         edit.rename(lowered)
+
+
+def _reads_codes_only(node: fx.Node) -> bool:
+    """Whether codes become a mask or indices here."""
+    if node.op in ("placeholder", "get_attr", "output") or info(node).op.quant is not QuantRule.PLAIN:
+        return False
+    operands = coded_operands(node)
+    return bool(operands) and all(info(operand).qparams is not None for _, operand in operands)

@@ -76,6 +76,8 @@ class SplitNonuniformConstants(Pass):
     def _groups(self, case: _Case) -> list[tuple[int, int]] | str:
         """Bounds of the groups; a single one where no split is needed; a reason where none is possible."""
         whole = [(0, case.length)]
+        if not bool(torch.isfinite(case.constant).all()):
+            return "it is not finite"
         if case.axis is None:
             return whole if case.error(None) <= self.tolerance else "it varies along several dimensions"
         if case.error(whole[0]) <= self.tolerance:

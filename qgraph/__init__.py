@@ -5,12 +5,15 @@ qat = qgraph.prepare(model, example_inputs)           # ready for calibration an
 qgraph.calibrate(qat, loader)
 integer = qgraph.convert(qat)                         # integer operators
 y = qgraph.Simulator(integer)(x)                      # exactly what the hardware computes
+qgraph.save(integer, "model.qgraph")                  # and back: qgraph.load
 qgraph.draw(integer, "graph.svg")
 """
 
 from qgraph.analysis import Cause, ConsistencyReport, SiteConsistency, check_consistency, compare_sites
+from qgraph.artifact import load, save
 from qgraph.capture import trace
 from qgraph.errors import (
+    ArtifactError,
     CaptureError,
     DrawError,
     InternalError,
@@ -58,6 +61,7 @@ from qgraph.viz import DumpObserver, draw, draw_diff
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtifactError",
     "CaptureError",
     "Cause",
     "CheckLevel",
@@ -118,6 +122,7 @@ __all__ = [
     "graph_info",
     "info",
     "list_targets",
+    "load",
     "prepare",
     "prepare_pipeline",
     "print_graph",
@@ -127,6 +132,7 @@ __all__ = [
     "qint16",
     "qint32",
     "quint8",
+    "save",
     "set_fake_quantize",
     "trace",
 ]

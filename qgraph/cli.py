@@ -1,4 +1,4 @@
-"""The command line: `qgraph demo | passes | targets`."""
+"""The command line: `qgraph demo | passes | targets | simulate | conformance`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from tabulate import tabulate
 
 import qgraph
-from qgraph.errors import QGraphError
+from qgraph.errors import QGraphError, UserError
 from qgraph.pipeline import REGISTRY
 from qgraph.targets import Severity, get_target, lint_target, list_targets
 
@@ -22,6 +22,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+conformance = typer.Typer(help="Compare with an integer graph, tensor by tensor.", no_args_is_help=True)
+app.add_typer(conformance, name="conformance")
 
 
 def _show_version(wanted: bool) -> None:
@@ -94,6 +98,47 @@ def _lint(path: Path) -> None:
     errors = sum(finding.severity is Severity.ERROR for finding in findings)
     typer.echo(f"{path}: {errors} error(s), {len(findings) - errors} warning(s)")
     if errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def simulate(
+    model: Annotated[Path, typer.Argument(help="A saved integer graph.")],
+    kernels: Annotated[str, typer.Option(help="Kernel set.")] = "reference",
+) -> None:
+    """Run a saved graph on its own example inputs, with one row per operator."""
+    integer = qgraph.load(model)
+    example = qgraph.graph_info(integer).example
+    if example is None:
+        raise UserError(f"{model} holds no example inputs", fix="save the graph with example=True")
+    simulator = qgraph.Simulator(integer, kernels)
+    typer.echo(simulator.run(*example.args, record=True, **example.kwargs).report())
+
+
+@conformance.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="A saved integer graph.")],
+    out: Annotated[Path, typer.Argument(help="The pack to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+) -> None:
+    """Write a graph, inputs that look for differences, every tensor on the way and the outputs into one file."""
+    from qgraph.artifact import pack
+
+    names = pack(qgraph.load(model), out, seed=seed)
+    typer.echo(f"{out}: {len(names)} cases: {', '.join(names)}")
+
+
+@conformance.command()
+def run(
+    pack: Annotated[Path, typer.Argument(help="A conformance pack.")],
+    kernels: Annotated[str, typer.Option(help="Kernel set.")] = "reference",
+) -> None:
+    """Simulate a pack and compare every tensor; the exit code is 1 if one differs."""
+    from qgraph.artifact import run
+
+    report = run(pack, kernels=kernels)
+    typer.echo(report.table())
+    if report.first is not None:
         raise typer.Exit(1)
 
 

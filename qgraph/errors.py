@@ -63,6 +63,10 @@ class TargetError(UserError):
     """A target description is missing, contradictory or does not offer what was asked of it."""
 
 
+class ArtifactError(UserError):
+    """A graph cannot be saved, or a saved one is damaged, unknown or made by a newer version."""
+
+
 class DrawError(UserError):
     """A picture could not be drawn."""
 

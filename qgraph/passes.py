@@ -12,6 +12,7 @@ from passes.assign_dtypes import AssignDtypes
 from passes.canonicalize import Canonicalize
 from passes.clean_up_integer import CleanUpInteger
 from passes.decompose_composites import DecomposeComposites
+from passes.decompose_layers import DecomposeLayers
 from passes.detect_shared_modules import DetectSharedModules, SharedModule, find_shared_modules
 from passes.eliminate_dead_code import EliminateDeadCode
 from passes.fold_constants import FoldConstants
@@ -30,6 +31,7 @@ __all__ = [
     "Canonicalize",
     "CleanUpInteger",
     "DecomposeComposites",
+    "DecomposeLayers",
     "DetectSharedModules",
     "EliminateDeadCode",
     "FoldConstants",

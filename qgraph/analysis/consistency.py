@@ -132,14 +132,15 @@ def visit_sites(
     _check_graphs(prepared, args)
     named = dict(kwargs or {})
     recorded = Simulator(integer).run(*args, record=True, **named).values
-    nodes = {info(node).site: node for node in integer.graph.nodes}
+    nodes = {info(node).site: node for node in integer.graph.nodes if node.op != "output"}
     called: dict[fx.Node, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     seen = False
 
     def call(node: fx.Node, values: tuple[Any, ...], options: dict[str, Any]) -> Any:
         nonlocal seen
         value = call_node(prepared, node, values, options)
-        called[node] = (values, options)
+        if info(node).plan is not None:
+            called[node] = (values, options)
         rounds = info(node).op is FAKE_QUANT
         source = node.all_input_nodes[0] if rounds else node
         planned = info(source).plan

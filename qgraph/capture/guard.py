@@ -19,7 +19,9 @@ from qgraph.ir.op_table import GUARD, OPS
 
 
 @dataclass(frozen=True)
-class _TensorRule:
+class TensorRule:
+    """What a tensor among the inputs must be."""
+
     place: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -28,24 +30,28 @@ class _TensorRule:
 
 
 @dataclass(frozen=True)
-class _ValueRule:
+class ValueRule:
+    """What another value among the inputs must equal."""
+
     place: str
     value: Any
 
 
 @dataclass(frozen=True)
-class _ContainerRule:
+class ContainerRule:
+    """What a container among the inputs must hold."""
+
     name: str
     path: Path
     kind: type[Any]
-    parts: tuple[tuple[Step, _Rule], ...]
+    parts: tuple[tuple[Step, Rule], ...]
 
     @property
     def place(self) -> str:
         return format_path(self.name, self.path)
 
 
-_Rule = _TensorRule | _ValueRule | _ContainerRule
+Rule = TensorRule | ValueRule | ContainerRule
 
 
 class InputGuard(nn.Module):
@@ -116,22 +122,20 @@ class InputGuard(nn.Module):
                     fix="use another batch size, or capture the model again with an example of this one",
                 )
 
-    def _rule(self, name: str, path: Path, value: Any, batched: set[Place]) -> _Rule:
+    def _rule(self, name: str, path: Path, value: Any, batched: set[Place]) -> Rule:
         if isinstance(value, torch.Tensor):
             layout = TensorLayout(value) if self.layout else None
-            return _TensorRule(
-                format_path(name, path), tuple(value.shape), value.dtype, (name, path) in batched, layout
-            )
+            return TensorRule(format_path(name, path), tuple(value.shape), value.dtype, (name, path) in batched, layout)
         found = parts(value)
         if found is None:
-            return _ValueRule(format_path(name, path), value)
+            return ValueRule(format_path(name, path), value)
         inner = tuple((step, self._rule(name, (*path, step), entry, batched)) for step, entry in found)
-        return _ContainerRule(name, path, type(value), inner)
+        return ContainerRule(name, path, type(value), inner)
 
-    def _check(self, rule: _Rule, value: Any, factors: set[float]) -> None:
-        if isinstance(rule, _TensorRule):
+    def _check(self, rule: Rule, value: Any, factors: set[float]) -> None:
+        if isinstance(rule, TensorRule):
             self._check_tensor(rule, value, factors)
-        elif isinstance(rule, _ValueRule):
+        elif isinstance(rule, ValueRule):
             if not _same_value(value, rule.value):
                 raise _mismatch(rule.place, _described(value), repr(rule.value))
         else:
@@ -139,7 +143,7 @@ class InputGuard(nn.Module):
             for (_, inner), (_, entry) in zip(rule.parts, found, strict=True):
                 self._check(inner, entry, factors)
 
-    def _check_tensor(self, rule: _TensorRule, value: Any, factors: set[float]) -> None:
+    def _check_tensor(self, rule: TensorRule, value: Any, factors: set[float]) -> None:
         if not isinstance(value, torch.Tensor):
             raise _mismatch(rule.place, f"a {type(value).__name__}", "a tensor")
         if value.dtype is not rule.dtype:
@@ -157,7 +161,7 @@ class InputGuard(nn.Module):
                 fix="copy the input into that layout (contiguous()), or capture the model again with this one",
             )
 
-    def _wrong_shape(self, rule: _TensorRule, shape: tuple[int, ...]) -> UserError:
+    def _wrong_shape(self, rule: TensorRule, shape: tuple[int, ...]) -> UserError:
         expected = ["any" if rule.batched and axis == 0 else str(size) for axis, size in enumerate(rule.shape)]
         why = "the graph was captured for these sizes"
         if rule.batched and shape[:1] == (0,):
@@ -177,7 +181,7 @@ class InputGuard(nn.Module):
 OPS.add_module(GUARD, InputGuard)  # a captured graph may be captured again, alone or as a part of a model
 
 
-def _checked_parts(rule: _ContainerRule, value: Any) -> list[tuple[Step, Any]]:
+def _checked_parts(rule: ContainerRule, value: Any) -> list[tuple[Step, Any]]:
     """The parts of a container that has those of the example, in the same order."""
     found = parts(value)
     same_kind = type(value) is rule.kind or (

@@ -6,7 +6,9 @@ Tuples, lists and dicts are part of fx's output argument. Other containers are r
 from __future__ import annotations
 
 import keyword
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from qgraph.capture.structure import (
     rebuild_mapping,
     rebuild_sequence,
 )
-from qgraph.errors import CaptureError, UserError
+from qgraph.errors import ArtifactError, CaptureError, UserError
 from qgraph.ir.editor import node_name
 from qgraph.ir.node_info import NodeInfo, set_info
 from qgraph.ir.op_table import REBUILD
@@ -117,6 +119,67 @@ class _PairsBuilder(_MappingBuilder):
 
     def __call__(self, *, keys: tuple[Any, ...], values: tuple[Any, ...]) -> Any:  # type: ignore[override]
         return rebuild_mapping(self.shell, zip(keys, values, strict=True))
+
+
+@dataclass(frozen=True)
+class BuilderParts:
+    """What tells one builder from another, for graphs that are written to files.
+
+    Args:
+        form: what the builder takes: `sequence`, `dataclass`, `mapping` or `pairs`.
+        kind: the class it makes.
+    """
+
+    form: str
+    kind: type[Any]
+
+
+_FORMS: dict[str, type[_Builder]] = {
+    "sequence": _SequenceBuilder,
+    "dataclass": _DataclassBuilder,
+    "mapping": _MappingBuilder,
+    "pairs": _PairsBuilder,
+}
+_PLAIN_MAPPINGS = (dict, OrderedDict)
+
+
+def is_builder(function: object) -> bool:
+    """Whether a node that calls `function` rebuilds a container."""
+    return isinstance(function, _Builder)
+
+
+def builder_parts(builder: object) -> BuilderParts:
+    """What a builder is made of.
+
+    Raises:
+        ArtifactError: it fills a mapping with a state of its own.
+    """
+    assert isinstance(builder, _Builder)
+    shell = builder.shell if isinstance(builder, _MappingBuilder) else {}
+    if type(shell) not in _PLAIN_MAPPINGS or getattr(shell, "__dict__", None):
+        raise ArtifactError(
+            f"a file cannot hold an output of class {builder.kind.__name__}",
+            why="a mapping of a class of its own may hold more than its entries",
+            fix="return a dict, a named tuple or a dataclass",
+        )
+    form = next(form for form, kind in _FORMS.items() if type(builder) is kind)
+    return BuilderParts(form, builder.kind)
+
+
+def builder_of(described: BuilderParts) -> Callable[..., Any]:
+    """The builder that `builder_parts` described.
+
+    Raises:
+        ArtifactError: there is no such form, or it does not make the class.
+    """
+    form, kind = _FORMS.get(described.form), described.kind
+    if form is None or (issubclass(form, _MappingBuilder) and kind not in _PLAIN_MAPPINGS):
+        raise ArtifactError(f"there is no way to build a {kind.__name__} called {described.form[:80]!r}")
+    if form is _DataclassBuilder and not is_dataclass(kind):
+        raise ArtifactError(f"the class {kind.__name__} is no dataclass")
+    builder: Any = form(kind, kind()) if issubclass(form, _MappingBuilder) else form(kind)
+    function: Callable[..., Any] = builder
+    return function
 
 
 def _rebuild(graph: fx.Graph, builder: Callable[..., Any], items: dict[str, Any]) -> fx.Node:

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from qgraph.errors import InternalError, VerifyError
 from qgraph.ir.node_info import info, module_of, submodule_at, where
-from qgraph.ir.op import Op, QuantRule, Spelling
+from qgraph.ir.op import Fixed, Op, QuantRule, Spelling
 from qgraph.ir.op_table import CONSTANT, FIELD, INPUT, ITEM, OPAQUE, OPS, OUTPUT, SLICE
 
 # torch takes numpy's names for its own in every function that has them.
@@ -185,19 +185,22 @@ def _complete(node: fx.Node, op: Op, given: dict[str, Any]) -> dict[str, Any]:
 
 def _bind_module(node: fx.Node, op: Op) -> Bound:
     module = module_of(node)
-    inputs = [name for name in op.operands if name not in op.parameters]
+    inputs = op.called_with or tuple(name for name in op.operands if name not in op.parameters)
     if len(node.args) > len(inputs) and inputs:
         raise VerifyError(f"{op} as a module takes {len(inputs)} arguments, got {len(node.args)}", where=where(node))
     values = dict(zip(inputs, node.args, strict=False)) | dict(node.kwargs)
     renamed = op.modules.get(type(module), {})
     for name in op.options:
+        if name in inputs and name in values:
+            continue
         attribute = renamed.get(name, name)
         default = op.default(name)
-        value = getattr(module, attribute, default)
+        value: Any = attribute.value if isinstance(attribute, Fixed) else getattr(module, attribute, default)
         if value is not inspect.Parameter.empty:
             values[name] = value
     for name in inputs:
-        values.setdefault(name, None)
+        if name in op.operands:
+            values.setdefault(name, None)
     return Bound(op, values, module=module)
 
 
@@ -207,11 +210,10 @@ def quant_rule(node: fx.Node) -> QuantRule:
     return rule if isinstance(rule, QuantRule) else rule(bind(node).values)
 
 
-def operand_values(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's operands, in order; all input nodes where the operator is unknown."""
-    if info(node).op is OPAQUE:
-        return list(node.all_input_nodes)
-    return [value for _, value in bind(node).nodes()]
+def coded_operands(node: fx.Node) -> list[tuple[str, fx.Node]]:
+    """Name and node of the operands that hold codes in an integer graph: all but masks and indices."""
+    bound = bind(node)
+    return [(name, value) for name, value in bound.nodes() if name not in bound.op.plain]
 
 
 def weight_of(node: fx.Node) -> torch.Tensor | None:

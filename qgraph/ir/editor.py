@@ -21,7 +21,7 @@ from torch import fx, nn
 from qgraph.errors import InternalError, PassError
 from qgraph.ir.arguments import Bound
 from qgraph.ir.copying import is_container, own_child
-from qgraph.ir.node_info import NodeInfo, info, set_info, where
+from qgraph.ir.node_info import NodeInfo, info, set_info, tensor_at, where
 from qgraph.ir.op import Op
 from qgraph.ir.op_table import CONSTANT
 from qgraph.ir.values import spec_of
@@ -122,6 +122,14 @@ class Editor:
         set_info(
             node, NodeInfo(CONSTANT, unique, record.module, record.source, spec_of(tensor), created_by=self.author)
         )
+        return node
+
+    def held(self, path: str, *, like: fx.Node, before: fx.Node | None = None) -> fx.Node:
+        """A node that reads the tensor a module of the graph holds at `path`."""
+        node = self._create("get_attr", path, (), {}, CONSTANT, like, path, before)
+        record = info(like)
+        value = spec_of(tensor_at(self.gm, path))
+        set_info(node, NodeInfo(CONSTANT, path, record.module, record.source, value, created_by=self.author))
         return node
 
     def _create(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from qgraph.errors import UserError
@@ -52,7 +53,9 @@ def evaluate(
         if node.op == "output":
             return load(node.args[0])
         if node.op == "get_attr":
-            environment[node] = tensor_at(gm, str(node.target))
+            tensor = tensor_at(gm, str(node.target))
+            # What a parameter was folded from needed no gradient either; attention picks its kernel by that.
+            environment[node] = tensor if torch.is_grad_enabled() else tensor.detach()
         elif node.op != "placeholder":
             try:
                 environment[node] = compute(node, load(node.args), load(node.kwargs))

@@ -49,6 +49,8 @@ class QuantRule(str, Enum):
     """The result is rounded to a scale of its own: the operator's call is a site."""
     SAME = "same"
     """The result holds codes of the first operand, moved or selected: no rounding, no site."""
+    PLAIN = "plain"
+    """The operator reads codes, and its result is none: a mask of truth values, or indices."""
     FLOAT = "float"
     """The operator has no integer form."""
 
@@ -93,6 +95,13 @@ class Spelling:
     unless: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """An option that every module of a class has, such as the mode of a reflecting pad."""
+
+    value: object
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One canonical operator. Compared and hashed by identity; named once in the process.
@@ -106,10 +115,15 @@ class Op:
         functions: further functions that mean this operator, with their spelling where it differs.
         methods: tensor methods that mean it.
         in_place: methods or functions that mean it and write to their first operand.
-        modules: module classes that mean it, each with the attributes that hold options under another name.
+        modules: module classes that mean it, each with the attributes that hold options under another name, or
+            their fixed values.
         parameters: operands held by the module as parameters or buffers.
+        plain: operands that are no codes: masks of truth values and indices, which pass as they are.
+        called_with: what a call of the module takes, in order; None for the operands that are no `parameters`.
         quant: where the result gets its scale from; a function of the arguments where it depends on options.
         lowering: name of the lowering that takes it to integers; None for none.
+        positions: operands that say where another operand is read; what computes them needs 16 bits.
+        refusal: why the operator has no integer form, where that is more than a gap.
         decomposition: name of the decomposition into simpler operators; None for none.
         scalar_function: for tables: the float64 function of the value and the options.
         commutative: whether the first two operands may be swapped.
@@ -125,10 +139,14 @@ class Op:
     functions: Mapping[Function, Spelling] = field(default_factory=dict)
     methods: Mapping[str, Spelling] = field(default_factory=dict)
     in_place: Mapping[Function | str, Spelling] = field(default_factory=dict)
-    modules: Mapping[type[nn.Module], Mapping[str, str]] = field(default_factory=dict)
+    modules: Mapping[type[nn.Module], Mapping[str, str | Fixed]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
+    called_with: tuple[str, ...] | None = None
     quant: QuantRule | Callable[[Mapping[str, Any]], QuantRule] = QuantRule.FLOAT
     lowering: str | None = None
+    positions: tuple[str, ...] = ()
+    refusal: str | None = None
     decomposition: str | None = None
     scalar_function: Callable[..., torch.Tensor] | None = None
     commutative: bool = False
@@ -176,6 +194,11 @@ class OpTable:
                     why=f"its signature has {', '.join(op.signature.parameters) or 'none'}",
                     fix="name operands as the signature does",
                 )
+        if not set(op.plain) <= set(op.operands):
+            raise UserError(
+                f"{', '.join(set(op.plain) - set(op.operands))} of the operator {op.name!r} is plain and no operand",
+                fix="name masks and indices among its operands too",
+            )
         if op.name in self._by_name:
             raise UserError(f"an operator named {op.name!r} is defined already", fix="choose another name")
         functions = {**op.functions}

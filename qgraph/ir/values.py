@@ -63,6 +63,13 @@ def spec_of(value: object) -> ValueSpec:
     return ScalarSpec(type(value).__name__)
 
 
+def holds_floats(spec: ValueSpec | None) -> bool:
+    """Whether a value is a float tensor, or has one among its parts."""
+    if isinstance(spec, tuple):
+        return any(holds_floats(entry) for entry in spec)
+    return isinstance(spec, TensorSpec) and spec.dtype.is_floating_point
+
+
 def format_spec(spec: ValueSpec | None) -> str:
     """`f32[1,3,8,8]`, `(f32[2], i64[2])` or `int`; `?` where nothing is known."""
     if spec is None:

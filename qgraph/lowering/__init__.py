@@ -1,7 +1,7 @@
 """From float operators to integer operators; see `qgraph.lowering.base`."""
 
 import qgraph.simulator.operators  # noqa: F401 - registers what lowerings emit
-from qgraph.lowering import elementwise, movement, products, windows
+from qgraph.lowering import elementwise, functions, indexing, movement, products, sampling, selection, windows
 from qgraph.lowering.base import (
     LOWERINGS,
     Lowering,
@@ -19,11 +19,15 @@ __all__ = [
     "LoweringContext",
     "bounds",
     "elementwise",
+    "functions",
+    "indexing",
     "lowering_of",
     "movement",
     "products",
     "register_lowering",
     "requantized_to",
+    "sampling",
+    "selection",
     "support",
     "windows",
 ]

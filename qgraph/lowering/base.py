@@ -14,10 +14,11 @@ import torch
 from torch import fx
 
 from qgraph.errors import InternalError, QuantizationError, UserError, did_you_mean
-from qgraph.ir.arguments import bind
+from qgraph.ir.arguments import coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.integer import integer_operator
 from qgraph.ir.node_info import graph_info, info, where
+from qgraph.ir.op import QuantRule
 from qgraph.ir.op_table import OPAQUE
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.text import called_name
@@ -174,11 +175,14 @@ def shape_of(node: Any) -> tuple[int, ...]:
 
 
 def check_float_tensors(node: fx.Node) -> Verdict:
-    """What every lowering needs: a float32 tensor computed from float32 tensors of known shape."""
+    """What every lowering needs: a float32 tensor computed from float32 tensors of known shape.
+
+    Operands and results that the op table calls plain are masks or indices and need not be float32.
+    """
     spec = tensor_spec(node)
-    if spec is None or spec.dtype is not torch.float32:
+    if quant_rule(node) is not QuantRule.PLAIN and (spec is None or spec.dtype is not torch.float32):
         return no(f"its result is {info(node).value or 'unknown'}, not a float32 tensor", node)
-    for name, operand in bind(node).nodes():
+    for name, operand in coded_operands(node):
         theirs = tensor_spec(operand)
         if theirs is None or theirs.dtype is not torch.float32:
             return no(f"its operand {name} is {info(operand).value or 'unknown'}, not a float32 tensor", node)
@@ -249,7 +253,10 @@ def support(node: fx.Node, target: Target) -> Verdict:
     if info(node).in_place or info(node).unstable:
         return no("its memory is written in place", node)
     if lowering is None:
-        return no(f"no integer form of {called_name(node) if op is OPAQUE else op} is known", node)
+        found = info(node).float_reason  # of the pass that should have taken it apart
+        if found is not None:
+            return no(found, node)
+        return no(op.refusal or f"no integer form of {called_name(node) if op is OPAQUE else op} is known", node)
     if target.rule(op.name) is None:
         return no(f"{target.name} has no {op}", node)
     verdict = lowering.supports(node, target)
@@ -260,10 +267,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return not isinstance(info(node).value, tuple)
 
 
+_PLAIN_DTYPES = (torch.bool, torch.int64)
+
+
 def coded(value: Any, qparams: QParams | None) -> Any:
-    """A value's specification once it holds codes."""
+    """A value's specification once it holds codes; truth values and indices beside it stay what they are."""
     if qparams is None:
         return value
     if isinstance(value, tuple):
         return tuple(coded(entry, qparams) for entry in value)
-    return TensorSpec(value.shape, qparams.qtype.storage) if isinstance(value, TensorSpec) else value
+    if not isinstance(value, TensorSpec) or value.dtype in _PLAIN_DTYPES:
+        return value
+    return TensorSpec(value.shape, qparams.qtype.storage)

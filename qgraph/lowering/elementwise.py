@@ -1,9 +1,8 @@
-"""Lowering of arithmetic, tables and bounds.
+"""Lowering of arithmetic and bounds.
 
     x + y, x - y    qz = saturate(round(qx * Mx +- qy * My, shift))          Mx ~ sx / sz, My ~ sy / sz
     x * y           qz = saturate(rescale(qx * qy; sx * sy / sz))
     x * w + b       qz = saturate(round(qx * M + B, shift))                  M ~ sx * w / sz, B ~ b / sz
-    f(x)            qz = table[qx]
     relu            qz = max(qx, 0)                                          scale unchanged
     clamp           qz = rescaled qx between the codes of the bounds
 A number as operand is exact: it enters M or B.
@@ -31,7 +30,7 @@ from qgraph.lowering.base import (
     register_lowering,
     sum_rule,
 )
-from qgraph.numerics import EngineSum, QParams, RequantizeRule, build_table
+from qgraph.numerics import EngineSum, QParams, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -145,25 +144,6 @@ class AffineLowering(Lowering):
         return lower_affine(node, bind(node).operand("input"), weight, bias, ctx)
 
 
-class TableLowering(Lowering):
-    """Any function of one value: a table of the target's size."""
-
-    def supports(self, node: fx.Node, target: Target) -> Verdict:
-        if info(node).op.scalar_function is None:
-            return no(f"the op table gives no function for {info(node).op}", node)
-        return yes()
-
-    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        bound = bind(node)
-        x, function = bound.operand("input"), bound.op.scalar_function
-        assert function is not None
-        options = bound.options()
-        source, result = ctx.qparams(x), ctx.qparams(node)
-        entries = ctx.target.table_entries(source.qtype)
-        table = build_table(lambda values: function(values, **options), source, result, entries=entries)
-        return ctx.integer("lookup", x, ctx.tensor(node, "table", table), like=node, source=str(source.qtype))
-
-
 class ReluLowering(Lowering):
     """relu at an unchanged scale: real zero is code zero."""
 
@@ -269,6 +249,5 @@ def _number_or_node(node: fx.Node, operands: list[Any]) -> Verdict:
 register_lowering("add", SumLowering())
 register_lowering("mul", ProductOfValuesLowering())
 register_lowering("affine", AffineLowering())
-register_lowering("table", TableLowering())
 register_lowering("relu", ReluLowering())
 register_lowering("clamp", ClampLowering())

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from qgraph.ir.arguments import bind
+from qgraph.ir.arguments import bind, coded_operands
 from qgraph.ir.node_info import info
 from qgraph.ir.op_table import PAD
 from qgraph.lowering.base import (
@@ -31,7 +31,7 @@ class MoveLowering(Lowering):
     """Reshapes, permutations, slices, splits: the same call on codes."""
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        source = ctx.qparams(bind(node).operand(info(node).op.operands[0]))
+        source = ctx.qparams(coded_operands(node)[0][1])
         ctx.moved(node, node, source)
         return node
 

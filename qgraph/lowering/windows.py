@@ -90,7 +90,12 @@ class AdaptiveAvgPoolLowering(Lowering):
     """Adaptive average pooling: windows of up to two lengths per dimension."""
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        rank, x = _rank(node), bind(node).operand("input")
+        return self.over(node, _rank(node), ctx)
+
+    @staticmethod
+    def over(node: fx.Node, rank: int, ctx: LoweringContext) -> fx.Node:
+        """The average over windows of the last `rank` dimensions, of any operator that means it."""
+        x = bind(node).operand("input")
         size_in, size_out = shape_of(x)[-rank:], shape_of(node)[-rank:]
         lengths = [
             torch.tensor([-((-(i + 1) * length) // n) - i * length // n for i in range(n)], dtype=torch.float64)
@@ -120,26 +125,14 @@ class ReduceLowering(Lowering):
 
 
 class InterpolateLowering(Lowering):
-    """Nearest and bilinear resizing to a fixed size."""
-
-    def supports(self, node: fx.Node, target: Target) -> Verdict:
-        bound = bind(node)
-        mode = bound.option("mode")
-        if mode not in ("nearest", "bilinear"):
-            return no(f"mode {mode!r} has no integer form yet", node)
-        if bound.option("antialias"):
-            return no("it smooths before it shrinks (antialias)", node)
-        sizes = (bound.option("size"), bound.option("scale_factor"))
-        if any(isinstance(v, fx.Node) for size in sizes for v in (size if isinstance(size, (list, tuple)) else [size])):
-            return no("its size is computed in the forward", node)
-        return yes()
+    """Nearest and bilinear resizing to a fixed size; `qgraph.lowering.sampling` has the other modes."""
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
         x = bound.operand("input")
         rank = len(shape_of(x)) - 2
         steps = _steps(bound, shape_of(x)[2:], shape_of(node)[2:])
-        if bound.option("mode") == "nearest":
+        if bound.option("mode").startswith("nearest"):
             return self._nearest(node, x, rank, steps, ctx)
         bits = ctx.target.weight_bits
         align = bool(bound.option("align_corners"))
@@ -156,9 +149,11 @@ class InterpolateLowering(Lowering):
 
     def _nearest(self, node: fx.Node, x: fx.Node, rank: int, steps: list[float], ctx: LoweringContext) -> fx.Node:
         current = x
+        middle = 0.5 if bind(node).option("mode") == "nearest-exact" else 0.0
         for axis in range(rank):
             size_in, size_out = shape_of(x)[2 + axis], shape_of(node)[2 + axis]
-            positions = torch.arange(size_out, dtype=torch.float32) * torch.tensor(steps[axis], dtype=torch.float32)
+            scale = torch.tensor(steps[axis], dtype=torch.float32)
+            positions = (torch.arange(size_out, dtype=torch.float32) + middle) * scale
             index = torch.floor(positions).to(torch.int64).clamp(max=size_in - 1)
             indices = ctx.tensor(node, f"index_{axis}", index)
             # Only the last step is the resize itself; the others are sites of their own.
@@ -248,6 +243,5 @@ for _name, _lowering in {
     "avg_pool": AvgPoolLowering(),
     "adaptive_avg_pool": AdaptiveAvgPoolLowering(),
     "reduce": ReduceLowering(),
-    "interpolate": InterpolateLowering(),
 }.items():
     register_lowering(_name, _lowering)

@@ -42,7 +42,8 @@ from qgraph.numerics.requantize import (
     parse_rule,
 )
 from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_shift_right
-from qgraph.numerics.tables import build_table, check_intervals, lookup
+from qgraph.numerics.segment_tables import SegmentForm, SegmentTable, build_segments, lookup_segments
+from qgraph.numerics.tables import build_steps, build_table, check_intervals, lookup
 
 __all__ = [
     "RECIPROCAL",
@@ -64,9 +65,13 @@ __all__ = [
     "Rule",
     "ScaleForm",
     "Scheme",
+    "SegmentForm",
+    "SegmentTable",
     "Zeros",
     "as_format",
     "bias_codes",
+    "build_segments",
+    "build_steps",
     "build_table",
     "check_intervals",
     "choose_qparams",
@@ -77,6 +82,7 @@ __all__ = [
     "float16",
     "float32",
     "lookup",
+    "lookup_segments",
     "parse_arithmetic",
     "parse_format",
     "parse_qtype",

@@ -16,7 +16,7 @@ import torch
 from qgraph.errors import UserError
 from qgraph.numerics.formats import QType
 from qgraph.numerics.qparams import QParams
-from qgraph.numerics.quantize import quantize
+from qgraph.numerics.quantize import dequantize, quantize
 from qgraph.numerics.rounding import Rounding, rounding_shift_right
 
 ScalarFunction = Callable[[torch.Tensor], torch.Tensor]
@@ -44,18 +44,49 @@ def build_table(
         UserError: `entries` is no power of two below the number of codes, or there are scales per channel.
     """
     qtype = source.qtype
-    if source.per_channel or result.per_channel:
-        raise UserError("a table has one scale for its input and one for its result", fix="observe per tensor")
     if entries is not None:
         check_intervals(entries, qtype)
     step = 1 if entries is None else (1 << qtype.bits) // entries
     # Interpolation needs the entry at qmax + 1, which is a real number though not a code.
     codes = torch.arange(qtype.qmin, qtype.qmax + (1 if step == 1 else 2), step, dtype=torch.float64)
+    return quantize(evaluated(function, codes, source, result), result)
+
+
+def build_steps(function: ScalarFunction, source: QParams, result: QParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """A function that is constant between jumps, as the codes at which it jumps and the values between them.
+
+    The function sees float32 reals, `float32(code - zero_point) * scale`: a jump lies where fake quantization has it.
+
+    Args:
+        function: maps float64 tensors elementwise.
+        source, result: parameters of input and output, one scale per tensor.
+
+    Returns:
+        Thresholds, int32 `[n]`, rising, and values, `[n + 1]` in the result's storage dtype: the value of a code is
+        `values[number of thresholds not above it]`.
+
+    Raises:
+        UserError: there are scales per channel.
+    """
+    codes = torch.arange(source.qtype.qmin, source.qtype.qmax + 1)
+    one = QParams(torch.ones_like(source.scale), source.qtype)
+    full = quantize(evaluated(function, dequantize(codes, source).double(), one, result), result)
+    jumps = torch.nonzero(full[1:] != full[:-1]).flatten() + 1
+    return codes[jumps].to(torch.int32), full[torch.cat([jumps.new_zeros(1), jumps])]
+
+
+def evaluated(function: ScalarFunction, codes: torch.Tensor, source: QParams, result: QParams) -> torch.Tensor:
+    """`function` at `codes` (float64, any shape): float32 of the same shape, without infinities and NaN.
+
+    Raises:
+        UserError: there are scales per channel.
+    """
+    if source.per_channel or result.per_channel:
+        raise UserError("a table has one scale for its input and one for its result", fix="observe per tensor")
     zero_point = source.zero_points().to(codes)
     values = function((codes - zero_point) * source.scale.to(codes))
     limit = torch.finfo(torch.float32).max
-    values = torch.nan_to_num(values, nan=0.0, posinf=limit, neginf=-limit)
-    return quantize(values.clamp(-limit, limit), result)
+    return torch.nan_to_num(values, nan=0.0, posinf=limit, neginf=-limit).clamp(-limit, limit).to(torch.float32)
 
 
 def check_intervals(intervals: int, source: QType) -> None:

@@ -41,7 +41,7 @@ class Difference:
 
 def run_example(gm: fx.GraphModule, example: ExampleInputs) -> Any:
     """The graph's outputs on the example inputs, always the same: random draws are seeded, state is left alone."""
-    with _seeded(), torch.no_grad():
+    with _seeded(), torch.no_grad(), _without_attention_fast_path():
         return evaluate(_disposable(gm), example.args, example.kwargs)
 
 
@@ -53,6 +53,17 @@ def _seeded() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+@contextmanager
+def _without_attention_fast_path() -> Iterator[None]:
+    """It adds in another order, and whether it is taken depends on who listens; captures run without it too."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _disposable(gm: fx.GraphModule) -> fx.GraphModule:
@@ -158,8 +169,10 @@ def first_differing_node(
     found: list[tuple[fx.Node, Difference]] = []
 
     def compare(node: fx.Node, value: Any) -> None:
-        # A fused node computes what the last of the nodes it stands for computed.
-        known = next((values[site] for site in reversed(info(node).stands_for) if site in values), None)
+        # A fused node computes what the last of the nodes it stands for computed; a step of a composite does not.
+        record = info(node)
+        last = next((site for site in reversed(record.stands_for) if site in values), None)
+        known = None if last is None or record.site.startswith(f"{last}.") else values[last]
         if found or known is None or not isinstance(value, torch.Tensor):
             return
         difference = tensors_differ(where(node), known, value, numerics)

@@ -25,6 +25,7 @@ _BUILT_IN = {
     "fuse-conv-bn-add-relu": "passes.fuse_conv_bn_add_relu:FuseConvBnAddRelu",
     "use-channels-last": "passes.use_channels_last:UseChannelsLast",
     "split-nonuniform-constants": "passes.split_nonuniform_constants:SplitNonuniformConstants",
+    "decompose-layers": "passes.decompose_layers:DecomposeLayers",
     "decompose-composites": "passes.decompose_composites:DecomposeComposites",
     "insert-quant-stubs": "passes.insert_quant_stubs:InsertQuantStubs",
     "assign-dtypes": "passes.assign_dtypes:AssignDtypes",

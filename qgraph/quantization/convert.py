@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
-from torch import fx
+from torch import fx, nn
 
+from qgraph.capture.copying import own_tensors
 from qgraph.errors import UserError
-from qgraph.ir.node_info import graph_info, update_graph_info
+from qgraph.ir.copying import copy_graph
+from qgraph.ir.node_info import graph_info, submodule_at, update_graph_info
 from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
+from qgraph.nn import Fused, clone_module
 from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
 from qgraph.quantization.prepare import require_pipeline, require_stage
 from qgraph.quantization.sites import require_float32, require_prepared, set_fake_quantize
@@ -65,6 +67,7 @@ def convert(
         ctx = PassContext(example=graph_info(gm).example, target=target)
         chosen = pipeline or convert_pipeline(strict=strict)
         result = chosen.run(frozen, ctx, checks=checks, observers=observers, in_place=True)
+        own_tensors(result.gm, gm)
     require_stage(result.gm, Stage.INTEGER, chosen)
     update_graph_info(result.gm, expected=None)
     return result.gm
@@ -89,8 +92,32 @@ def freeze(model: fx.GraphModule) -> fx.GraphModule:
 
 
 def _settled_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in state VALIDATION and eval mode, so that neither the states nor the scales of the original move."""
-    twin = copy.deepcopy(gm).eval()
+    """A copy in state VALIDATION and eval mode, so that neither the states nor the scales of the original move.
+
+    It shares the tensors; passes replace tensors and never write to them.
+    """
+    twin = copy_graph(gm)
+    known: dict[int, nn.Module] = {}
+    called = {str(node.target) for node in twin.graph.nodes if node.op == "call_module"}
+    for path in sorted(called):
+        parent, _, name = path.rpartition(".")
+        twin.get_submodule(parent)._modules[name] = _own(submodule_at(twin, path), known)
+    twin.eval()
     set_fake_quantize(twin, FakeQuantState.VALIDATION)
     update_graph_info(twin, expected=None)
     return twin
+
+
+def _own(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    """A clone of a module and of everything below it, over the same tensors."""
+    if id(module) not in known:
+        clone = known[id(module)] = clone_module(module)
+        for name, child in clone._modules.items():
+            if child is not None:
+                clone._modules[name] = _own(child, known)
+        if isinstance(clone, Fused):  # what a fused module has under these names is no child of it
+            for name in ("weight_fake_quant", "bias_fake_quant"):
+                quantizer = clone.__dict__.get(name)
+                if isinstance(quantizer, nn.Module):
+                    clone.__dict__[name] = _own(quantizer, known)
+    return known[id(module)]

@@ -11,18 +11,19 @@ from torch import fx, nn
 from qgraph.capture.api import trace_shared
 from qgraph.capture.copying import own_tensors
 from qgraph.errors import QuantizationError, UserError
-from qgraph.ir.node_info import KEY, GraphInfo, graph_info, info, update_graph_info
-from qgraph.ir.op_table import FAKE_QUANT
+from qgraph.ir.node_info import KEY, GraphInfo, graph_info, info, tensor_at, update_graph_info, where
+from qgraph.ir.op_table import FAKE_QUANT, QUANT_STUB
 from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
 from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
 from qgraph.quantization.qconfig import as_setters
 from qgraph.targets import Target, get_target
 
-# Order matters: constants fold before sharing is looked at; composites are decomposed after fusion took what it can;
+# Order matters: constants fold before sharing is looked at; layers are taken apart before their linears are fused;
+# composites are decomposed after fusion took what it can;
 # constants are split while a division is still one operator.
 PREPARE = (
-    "fold-constants,canonicalize,eliminate-dead-code,split-shared-modules,fuse-conv-bn-add-relu,"
+    "fold-constants,canonicalize,eliminate-dead-code,decompose-layers,split-shared-modules,fuse-conv-bn-add-relu,"
     "use-channels-last,split-nonuniform-constants,decompose-composites,insert-quant-stubs,assign-dtypes,high-precision-output,"
     "insert-fake-quant"
 )
@@ -80,6 +81,7 @@ def prepare(
         ctx = PassContext(target=chosen, setters=setters)
         steps = pipeline or prepare_pipeline()
         result = steps.run(gm, ctx, checks=checks, observers=observers, in_place=True)
+        _check_constants(result.gm)
         own_tensors(result.gm, model)
     require_stage(result.gm, Stage.PREPARED, steps)
     update_graph_info(result.gm, target=chosen)
@@ -132,7 +134,7 @@ def require_stage(gm: fx.GraphModule, stage: Stage, pipeline: Pipeline) -> None:
 
 
 def check_tensors(model: nn.Module) -> None:
-    """Refuses weights that cannot be quantized.
+    """Refuses weights that cannot be quantized; buffers may hold minus infinity, as masks of attention do.
 
     Raises:
         QuantizationError: a parameter or buffer is NaN, infinite, or of half precision; the message names it.
@@ -147,10 +149,25 @@ def check_tensors(model: nn.Module) -> None:
                 why="scales are found and checked in float32",
                 fix="call model.float() before prepare; the integer result does not depend on it",
             )
-        if not bool(torch.isfinite(tensor.detach().sum())) and not bool(torch.isfinite(tensor).all()):
-            raise QuantizationError(
-                f"{name} holds NaN or infinite values",
-                where=type(model).__name__,
-                why="no integer stands for them",
-                fix="look at the training that made them; masks belong into the forward as tensors or booleans",
-            )
+        values = tensor.detach()
+        if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
+            continue
+        if isinstance(tensor, nn.Parameter) or not bool((values < torch.inf).all()):
+            raise _not_finite(name, type(model).__name__)
+
+
+def _check_constants(gm: fx.GraphModule) -> None:
+    """Refuses constants that would be quantized and are not finite: masks that no softmax took up."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        quantized = any(info(user).op is QUANT_STUB for user in node.users)
+        if quantized and not bool(torch.isfinite(tensor_at(gm, str(node.target))).all()):
+            raise _not_finite(str(node.target), where(node))
+
+
+def _not_finite(name: str, place: str) -> QuantizationError:
+    return QuantizationError(
+        f"{name} holds NaN or infinite values",
+        where=place,
+        why="no integer stands for them",
+        fix="look at the training that made them; an additive mask belongs right before a softmax",
+    )

@@ -157,6 +157,45 @@ def _build_layer_norm(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None
         return nn.LayerNorm(tuple(shape), eps=bound.option("eps"), elementwise_affine=tensors["weight"] is not None)
 
 
+def _build_prelu(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
+    with torch.device("meta"):
+        return nn.PReLU(tensors["weight"].numel())
+
+
+def _build_group_norm(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
+    spec = tensor_spec(bound.operand("input"))
+    if spec is None or (tensors["weight"] is None) != (tensors["bias"] is None):
+        return None
+    with torch.device("meta"):
+        return nn.GroupNorm(
+            bound.option("num_groups"), spec.shape[1], eps=bound.option("eps"), affine=tensors["weight"] is not None
+        )
+
+
+def _build_instance_norm(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
+    spec = tensor_spec(bound.operand("input"))
+    kinds: dict[int, type[nn.Module]] = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+    if spec is None or len(spec.shape) not in kinds or (tensors["weight"] is None) != (tensors["bias"] is None):
+        return None
+    running = not bound.option("use_input_stats")
+    with torch.device("meta"):
+        module = kinds[len(spec.shape)](
+            spec.shape[1], eps=bound.option("eps"), affine=tensors["weight"] is not None, track_running_stats=running
+        )
+    module._buffers.pop("num_batches_tracked", None)
+    if not running:  # statistics are of no use where those of the input are taken
+        tensors["running_mean"] = tensors["running_var"] = None
+    return module
+
+
+def _build_rms_norm(bound: Bound, tensors: dict[str, Any]) -> nn.Module | None:
+    shape = bound.option("normalized_shape")
+    if any(isinstance(size, fx.Node) for size in shape):
+        return None
+    with torch.device("meta"):
+        return nn.RMSNorm(tuple(shape), eps=bound.option("eps"), elementwise_affine=tensors["weight"] is not None)
+
+
 _BUILDERS: dict[Op, Callable[[Bound, dict[str, Any]], nn.Module | None]] = {
     ops.CONV1D: _build_convolution(nn.Conv1d),
     ops.CONV2D: _build_convolution(nn.Conv2d),
@@ -167,6 +206,10 @@ _BUILDERS: dict[Op, Callable[[Bound, dict[str, Any]], nn.Module | None]] = {
     ops.LINEAR: _build_linear,
     ops.BATCH_NORM: _build_batch_norm,
     ops.LAYER_NORM: _build_layer_norm,
+    ops.PRELU: _build_prelu,
+    ops.GROUP_NORM: _build_group_norm,
+    ops.INSTANCE_NORM: _build_instance_norm,
+    ops.RMS_NORM: _build_rms_norm,
 }
 
 

@@ -14,6 +14,7 @@ import torch
 
 from qgraph.ir.integer import NAMESPACE
 from qgraph.numerics import RECIPROCAL, parse_qtype
+from qgraph.simulator import function_operators, sampling_operators
 from qgraph.simulator.reference import KERNELS
 from qgraph.simulator.reference.windows import max_pool_size
 
@@ -131,5 +132,9 @@ def define_operator(name: str, schema: str, kernel: Callable[..., torch.Tensor],
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
+SCHEMAS |= sampling_operators.SCHEMAS
+FAKES |= sampling_operators.FAKES
+SCHEMAS |= function_operators.SCHEMAS
+FAKES |= function_operators.FAKES
 for _name, _schema in SCHEMAS.items():
     define_operator(_name, _schema, KERNELS[_name], FAKES[_name])

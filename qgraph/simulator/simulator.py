@@ -6,7 +6,8 @@
     run.values["layer1.conv"], run.report()
 
 `(operator, target) -> kernel` is looked up before the first run, so that a missing kernel is an error with the list of
-those that exist, not a surprise in the middle.
+those that exist, not a surprise in the middle. The set `fast` computes the same bits as `reference`; where it has no
+form for a call it runs the reference kernel, and `Simulator.fallbacks` says so.
 """
 
 from __future__ import annotations
@@ -21,28 +22,31 @@ from tabulate import tabulate
 from torch import fx
 
 from qgraph.errors import MissingKernel, UserError, did_you_mean
-from qgraph.ir.evaluate import call_node, evaluate
+from qgraph.ir.evaluate import note_node
 from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import graph_info, info, where
 from qgraph.ir.op import OpKind
-from qgraph.ir.op_table import CONSTANT
-from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.stage import Stage
 from qgraph.simulator.cost import OpCost, op_cost
+from qgraph.simulator.fast import KERNELS as FAST
+from qgraph.simulator.kernel import Kernel, PreparedKernel
 from qgraph.simulator.operators import define_operator
+from qgraph.simulator.program import Program, Step, is_site
 from qgraph.simulator.reference import KERNELS as REFERENCE
 from qgraph.simulator.trace import KernelTrace
 from qgraph.targets import Target, target_of
 
-Kernel = Callable[..., torch.Tensor]
 ANY_TARGET = "*"
 
-KERNEL_SETS: dict[str, dict[tuple[str, str], Kernel]] = {
+KERNEL_SETS: dict[str, dict[tuple[str, str], Kernel | PreparedKernel]] = {
     "reference": {(name, ANY_TARGET): kernel for name, kernel in REFERENCE.items()},
+    "fast": {(name, ANY_TARGET): kernel for name, kernel in FAST.items()},
 }
+# What a set lacks is taken from another one.
+BASES = {"fast": "reference"}
 
 
-def register_kernel(kernels: str, operator: str, target: str, kernel: Kernel) -> None:
+def register_kernel(kernels: str, operator: str, target: str, kernel: Kernel | PreparedKernel) -> None:
     """Adds a kernel to a set (made if new) for an operator and a target; `"*"` is any target.
 
     Raises:
@@ -150,23 +154,24 @@ class SimulatorRun:
         return tabulate(rows, headers=headers)
 
 
-class _Stop(Exception):
-    """Ends a run early."""
-
-
 class Simulator:
     """Executes an integer graph with a set of kernels.
 
+    The graph's tensors are read once, when the simulator is made; after a change of the graph, make another.
+
     Args:
         integer: what `convert` returned.
-        kernels: name of the kernel set.
+        kernels: name of the kernel set; all sets give equal bits.
+
+    Attributes:
+        fallbacks: site to the reason why it runs a reference kernel although the set has another.
 
     Raises:
         UserError: the graph is not in stage INTEGER, or the set does not exist.
         MissingKernel: the set has no kernel for an operator of the graph.
     """
 
-    def __init__(self, integer: fx.GraphModule, kernels: str = "reference") -> None:
+    def __init__(self, integer: fx.GraphModule, kernels: str = "fast") -> None:
         if not isinstance(integer, fx.GraphModule) or graph_info(integer).stage is not Stage.INTEGER:
             raise UserError(
                 "the simulator runs integer graphs", fix="call qgraph.convert(prepared) and simulate its result"
@@ -175,28 +180,50 @@ class Simulator:
             raise UserError(f"no kernel set is named {kernels!r}", fix=did_you_mean(kernels, KERNEL_SETS))
         self.gm = integer
         self.target: Target = target_of(integer)
-        self.kernels = self._select(kernels)
-        self.sites = {info(node).site: node for node in integer.graph.nodes if _is_site(node)}
+        self.sites = {info(node).site: node for node in integer.graph.nodes if is_site(node)}
+        self._costs: dict[fx.Node, OpCost] = {}
+        self._base = BASES.get(kernels)
+        self._program = Program(integer, self._select(kernels))
+        self._plain = None if self._base is not None else self._program
+        self.fallbacks = dict(self._program.fallbacks)
 
-    def _select(self, kernels: str) -> dict[fx.Node, Kernel]:
-        table, chosen = KERNEL_SETS[kernels], {}
+    def _select(self, kernels: str) -> dict[fx.Node, tuple[Kernel | PreparedKernel, Kernel | None]]:
+        """Per integer operator of the graph, the kernel of the set and the one of its base to fall back to."""
+        chosen: dict[fx.Node, tuple[Kernel | PreparedKernel, Kernel | None]] = {}
         for node in self.gm.graph.nodes:
             name = integer_name(node.target)
             if name is None:
                 continue
-            kernel = table.get((name, self.target.name)) or table.get((name, ANY_TARGET))
-            if kernel is None:
+            base = BASES.get(kernels)
+            kernel = self._find(kernels, name)
+            plain = None if base is None else self._find(base, name)
+            if isinstance(plain, PreparedKernel):
+                plain = None
+            if (kernel or plain) is None:
+                known = {op for table in (kernels, base) if table is not None for op, _ in KERNEL_SETS[table]}
                 raise MissingKernel(
                     f"kernel set {kernels!r} has no kernel for {name} on {self.target.name}",
                     where=where(node),
-                    fix=did_you_mean(name, {op for op, _ in table}),
+                    fix=did_you_mean(name, known),
                 )
-            chosen[node] = kernel
+            chosen[node] = (kernel or plain, plain)  # type: ignore[assignment]
         return chosen
+
+    def _find(self, kernels: str, operator: str) -> Kernel | PreparedKernel | None:
+        table = KERNEL_SETS[kernels]
+        return table.get((operator, self.target.name)) or table.get((operator, ANY_TARGET))
+
+    def cost(self, node: fx.Node) -> OpCost:
+        """Estimated cost of a node on the example's shapes."""
+        found = self._costs.get(node)
+        if found is None:
+            found = self._costs[node] = op_cost(node, self.gm, self.target)
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, computed in integers."""
-        return self.run(*args, **kwargs).output
+        with torch.no_grad():
+            return self._program.run(args, kwargs)
 
     def run(
         self,
@@ -228,11 +255,21 @@ class Simulator:
         result = SimulatorRun()
         session = _Session(self, result, record is True, wanted, stop_at, injected)
         with torch.no_grad():
-            try:
-                result.output = evaluate(self.gm, args, kwargs, call=session.call, observe=session.observe)
-            except _Stop:
-                result.stopped_at = stop_at
+            session.go(self._program_for(injected), args, kwargs)
         return result
+
+    def _program_for(self, injected: Mapping[str, torch.Tensor]) -> Program:
+        """The program whose proofs hold: fast kernels know the bounds of codes, which an injection may leave."""
+        for site, given in injected.items():
+            bounds = self._program.ranges.get(self.sites[site])
+            if bounds is None or given.numel() == 0 or given.is_floating_point():
+                continue
+            if int(given.min()) < bounds[0] or int(given.max()) > bounds[1]:
+                if self._plain is None:
+                    assert self._base is not None
+                    self._plain = Program(self.gm, self._select(self._base))
+                return self._plain
+        return self._program
 
     def _check_sites(self, wanted: set[str], injected: Mapping[str, Any], stop_at: str | None) -> None:
         for site in (*wanted, *injected, *(() if stop_at is None else (stop_at,))):
@@ -263,38 +300,47 @@ class _Session:
     stop_at: str | None
     inject: dict[str, torch.Tensor]
 
-    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kernel = self.simulator.kernels.get(node)
-        trace = KernelTrace() if self.record_all else None
-        if kernel is None:
-            value = call_node(self.simulator.gm, node, args, kwargs)
-        elif trace is None:
-            value = kernel(*args, **kwargs)
-        else:
-            value = kernel(*args, **kwargs, trace=trace)
-        if trace is not None:
-            self._report(node, value, trace)
-        site = info(node).site
-        return self._injected(site, value) if site in self.inject and _is_site(node) else value
+    def go(self, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Runs the program, watching every step."""
+        values = program.start(args, kwargs)
+        for step in program.steps:
+            if step.run is not None:
+                try:
+                    values[step.slot] = self._computed(step, values)
+                except Exception as error:
+                    note_node(error, step.node)
+                    raise
+            if step.site is not None and self._kept(step.site, values[step.slot]):
+                self.result.stopped_at = self.stop_at
+                return
+            for slot in step.frees:
+                values[slot] = None
+        self.result.output = program.output(values)
 
-    def observe(self, node: fx.Node, value: Any) -> None:
-        site = info(node).site
-        if not _is_site(node):
-            return
+    def _computed(self, step: Step, values: list[Any]) -> Any:
+        assert step.run is not None
+        trace = KernelTrace() if self.record_all else None
+        value = step.run(values, trace if step.counts else None)
+        if trace is not None:
+            self._report(step.node, value, trace)
+        return self._injected(step.site, value) if step.site in self.inject else value
+
+    def _kept(self, site: str, value: Any) -> bool:
+        """Records a site if asked to; returns whether the run ends here."""
         if self.record_all or site in self.wanted or site == self.stop_at:
             self.result.values[site] = value
-        if site == self.stop_at:
-            raise _Stop
+        return site == self.stop_at
 
     def _report(self, node: fx.Node, value: Any, trace: KernelTrace) -> None:
         record = info(node)
         if record.op.kind in (OpKind.STRUCTURE, OpKind.INPUT):
             return
-        cost = op_cost(node, self.simulator.gm, self.simulator.target)
+        cost = self.simulator.cost(node)
         elements = value.numel() if isinstance(value, torch.Tensor) else 0
         self.result.ops.append(OpReport(record.site, record.op.name, cost, trace.saturated, trace.overflowed, elements))
 
-    def _injected(self, site: str, value: torch.Tensor) -> torch.Tensor:
+    def _injected(self, site: str | None, value: torch.Tensor) -> torch.Tensor:
+        assert site is not None
         given = self.inject[site]
         if given.shape != value.shape or given.dtype != value.dtype:
             raise UserError(
@@ -303,8 +349,3 @@ class _Session:
                 fix="inject codes of the site's own shape and dtype, for as many samples as the run has",
             )
         return given
-
-
-def _is_site(node: fx.Node) -> bool:
-    """Whether a node computes (or is given) one tensor."""
-    return tensor_spec(node) is not None and info(node).op is not CONSTANT

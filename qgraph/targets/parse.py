@@ -11,7 +11,9 @@ from qgraph.ir.op_table import OPS
 from qgraph.numerics import (
     Arithmetic,
     Format,
+    QType,
     Scheme,
+    SegmentForm,
     check_intervals,
     parse_arithmetic,
     parse_format,
@@ -57,7 +59,7 @@ def parse_target(text: str, *, origin: str) -> Target:
         residual=fusion.flag("residual"),
         quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
         factors=_factors(arithmetic, ops),
-        tables={name: _intervals(tables, name) for name in tables.data},
+        tables={name: _table_form(tables, name) for name in tables.data},
         weight_bits=int(sampling.number("weight_bits", whole=True)),
         arithmetic=_steps(arithmetic, ops),
         ops=ops,
@@ -207,13 +209,33 @@ def _arithmetic(table: _Table, step: str) -> Arithmetic:
     return table.understood(lambda: parse_arithmetic(word))
 
 
-def _intervals(table: _Table, name: str) -> int | None:
+def _table_form(table: _Table, name: str) -> int | SegmentForm | None:
     qtype = table.understood(lambda: parse_qtype(name))
     if table.data[name] == "full":
         return None
+    if isinstance(table.data[name], dict):
+        return _segments(_Table(table.data[name], f"{table.origin}, {name}"), qtype)
     count = int(table.number(name, whole=True))
     table.understood(lambda: check_intervals(count, qtype))
     return count
+
+
+def _segments(table: _Table, qtype: QType) -> SegmentForm:
+    table.allow({"segments", "entries", "break_points", "fraction_bits"})
+    break_points = table.text("break_points")
+    if break_points not in ("even", "curvature"):
+        raise table.wrong("break_points", '"even" or "curvature"')
+    fraction_bits = table.data.get("fraction_bits", 0)
+    if not isinstance(fraction_bits, int) or isinstance(fraction_bits, bool):
+        raise table.wrong("fraction_bits", "a whole number")
+
+    def form() -> SegmentForm:
+        segments, entries = (int(table.number(key, whole=True)) for key in ("segments", "entries"))
+        made = SegmentForm(segments, entries, break_points == "curvature", fraction_bits)
+        made.check(qtype)
+        return made
+
+    return table.understood(form)
 
 
 def _units(table: _Table) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qgraph.errors import TargetError, did_you_mean
-from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme
+from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, SegmentForm
 
 RECIPROCAL_FACTORS = "float32_reciprocal"
 FACTORS = ("float32", "float64", RECIPROCAL_FACTORS)
@@ -83,7 +83,8 @@ class Target:
         residual: whether a convolution or linear adds another value before it rescales.
         quantize_rule: how real numbers become codes.
         factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
-        tables: intervals of a function table by input format; None for one entry per code.
+        tables: form of a function table by input format: None for one entry per code, a number of even intervals, or
+            segments.
         weight_bits: fractional bits of bilinear interpolation weights.
         arithmetic: named steps and how they accumulate and rescale; `op.step` for a step of one operator.
         ops: operator name to its rule.
@@ -102,7 +103,7 @@ class Target:
     residual: bool
     quantize_rule: QuantizeRule
     factors: Mapping[str, str]
-    tables: Mapping[str, int | None]
+    tables: Mapping[str, int | SegmentForm | None]
     weight_bits: int
     arithmetic: Mapping[str, Arithmetic]
     ops: Mapping[str, OpRule]
@@ -177,8 +178,8 @@ class Target:
         divisor = result.to(dtype)
         return (total * (1.0 / divisor) if word == RECIPROCAL_FACTORS else total / divisor).double()
 
-    def table_entries(self, source: QType) -> int | None:
-        """Intervals of a function table for this input format; None for one entry per code.
+    def table_form(self, source: QType) -> int | SegmentForm | None:
+        """Form of a function table for this input format, as in `tables`.
 
         Raises:
             TargetError: the target has no tables for the format.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from passes.decompose_composites import _RULES
+from passes.decompose_layers import _RULES as _LAYER_RULES
 from qgraph.errors import UserError
 from qgraph.ir.op import Op, OpKind, OpTable, QuantRule, Spelling
 from qgraph.ir.op_table import ADD, CONV2D, OPS, RELU, RESHAPE, SOFTMAX
@@ -74,8 +75,8 @@ def test_names_and_spellings_are_taken_once() -> None:
 def test_every_operator_names_parts_that_exist() -> None:
     for op in OPS:
         assert op.lowering is None or op.lowering in LOWERINGS, op
-        assert op.decomposition is None or op.decomposition in _RULES, op
-        assert (op.scalar_function is not None) == (op.lowering == "table"), op
+        assert op.decomposition is None or op.decomposition in {**_RULES, **_LAYER_RULES}, op
+        assert (op.scalar_function is not None) == (op.lowering in ("table", "steps")), op
         assert set(op.operands) <= set(op.signature.parameters), op
         assert set(op.parameters) <= set(op.operands), op
 

@@ -5,3 +5,6 @@
 
 Nothing here imports qgraph or torch, and nothing is fast: every function is meant to be read next to the page.
 """
+
+from . import functions as functions  # adds its operators to those of `operators`
+from . import sampling as sampling  # adds its operators to those of `operators`

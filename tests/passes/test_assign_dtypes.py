@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from qgraph import QuantStub
@@ -187,3 +188,36 @@ def test_input_formats_are_converted_to() -> None:
     (converted,) = [site for site in found if site.endswith("_as_int16")]
     assert found[converted].format == qint16
     assert found["2"].format == qint8, "the setting names the input only"
+
+
+# --- positions -----------------------------------------------------------------------------------------------------
+
+
+def planned_sites(forward: Callable[..., Any], *setters: Any, **children: Any) -> dict[str, tuple[str, str]]:
+    """Format and rule of every planned site."""
+    gm = assign(Forward(forward, **children), torch.randn(2, 3, 4, 4), *setters).gm
+    return {site: (str(plan.format), plan.rule) for site, plan in plans(gm).items()}
+
+
+def test_what_computes_a_grid_has_16_bits() -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        shift = m.conv(x.sigmoid())
+        return F.grid_sample(x, (shift.tanh() + 0.1).movedim(1, 3), align_corners=False) * 2
+
+    found = planned_sites(forward, conv=nn.Conv2d(3, 2, 1))
+    positions = {site for site, (_, rule) in found.items() if rule == "it computes sampling positions"}
+    assert positions == {"conv", "_generated_tanh_0", "_generated_add_0"}
+    assert {found[site][0] for site in positions} == {"int16"}
+    assert found["_generated_sigmoid_0"][0] == found["_generated_grid_sample_0"][0] == "int8"
+
+
+def test_a_wish_for_one_site_is_stronger_than_positions() -> None:
+    setters = [ModuleNameQconfigSetter({"tanh": QConfig(output="int16", fixed_scale=0.001)})]
+    forward = lambda m, x: F.grid_sample(x, m.tanh(x[:, :2]).movedim(1, 3), align_corners=True)  # noqa: E731
+    assert planned_sites(forward, setters, tanh=nn.Tanh())["tanh"] == ("int16", "module name")
+
+
+def test_the_table_of_an_embedding_has_the_format_of_weights() -> None:
+    forward = lambda m, x: m.table((x[:, 0, 0] > 0).long())  # noqa: E731
+    found = planned_sites(forward, QConfig(output="int16", weight="int8"), table=nn.Embedding(2, 3))
+    assert found["table.weight.quant"][0] == "int8"

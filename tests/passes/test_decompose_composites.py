@@ -48,6 +48,19 @@ CASES = {
     "layer norm without weights": lambda m, x: m.plain(x),
     "layer norm without bias": lambda m, x: m.unbiased(x),
     "layer norm with a large eps": lambda m, x: m.eps(x),
+    "group norm": lambda m, x: m.group(x),
+    "group norm of one group": lambda m, x: F.group_norm(x, 1),
+    "group norm of images": lambda m, x: m.group(x.unflatten(-1, (4, 2))),
+    "functional group norm": lambda m, x: F.group_norm(x, 5, m.w5, m.w5),
+    "instance norm": lambda m, x: m.instance(x),
+    "instance norm with running statistics": lambda m, x: m.running(x),
+    "functional instance norm": lambda m, x: F.instance_norm(x, weight=m.w5, bias=m.w5),
+    "rms norm": lambda m, x: m.rms(x),
+    "rms norm without weights": lambda m, x: F.rms_norm(x, (5, 8), eps=0.1),
+    "functional rms norm": lambda m, x: F.rms_norm(x, (8,), m.w8),
+    "unit length": lambda m, x: F.normalize(x, dim=-1),
+    "unit length of zeros": lambda m, x: F.normalize(x * m.zeros, eps=1e-3),
+    "layer norm of torch": lambda m, x: torch.layer_norm(x, (8,), m.w8, m.w8),
     "quotient": lambda m, x: x / (x * x + 1),
     "broadcast quotient": lambda m, x: x / (x.abs().sum(-1, keepdim=True) + 1),
     "quotient of a number": lambda m, x: 2.0 / (x * x + 1),
@@ -55,6 +68,12 @@ CASES = {
     "batch norm": lambda m, x: m.bn(x),
     "batch norm without affine": lambda m, x: m.bn_plain(x),
 }
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
 
 
 def with_children(forward: Callable[..., torch.Tensor]) -> nn.Module:
@@ -69,6 +88,13 @@ def with_children(forward: Callable[..., torch.Tensor]) -> nn.Module:
             unbiased=nn.LayerNorm(8, bias=False),
             eps=nn.LayerNorm(8, eps=0.5),
             divisor=torch.rand(8) + 0.5,
+            group=randomized(nn.GroupNorm(5, 5, eps=0.1)),
+            instance=randomized(nn.InstanceNorm1d(5, affine=True)),
+            running=nn.InstanceNorm1d(5, track_running_stats=True),
+            rms=randomized(nn.RMSNorm(8)),
+            w5=torch.randn(5),
+            w8=nn.Parameter(torch.randn(8)),
+            zeros=torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])[:, None],
             bn=nn.BatchNorm1d(5, eps=0.1),
             bn_plain=nn.BatchNorm1d(5, affine=False),
         )
@@ -85,7 +111,15 @@ def test_equal_and_idempotent(name: str) -> None:
     model, x = with_children(CASES[name]), tokens()
     result = run_passes(model, x, DECOMPOSE)
     assert result.changed
-    left = set(count_ops(result.gm)) & {"softmax", "layer_norm", "batch_norm"}
+    left = set(count_ops(result.gm)) & {
+        "softmax",
+        "layer_norm",
+        "batch_norm",
+        "group_norm",
+        "instance_norm",
+        "rms_norm",
+        "normalize",
+    }
     assert not left
     check_all(model, result, x, DECOMPOSE, rtol=RTOL)
 
@@ -117,6 +151,7 @@ REFUSED = {
     "its weights are computed in the forward": lambda m, x: F.layer_norm(x, (8,), m.w * x.mean(), m.w),
     "it normalizes with the statistics of the batch": lambda m, x: m.instance(x),
     "its statistics are computed in the forward": lambda m, x: F.batch_norm(x, x.mean((0, 2)), x.var((0, 2))),
+    "it normalizes by the norm of order 1": lambda m, x: F.normalize(x, p=1),
     "it computes in torch.float64": lambda m, x: x.softmax(-1, dtype=torch.float64),
     "it does not compute in float32": lambda m, x: x.double().softmax(-1),
     "it rounds its quotient": lambda m, x: torch.div(x, m.w + x.abs(), rounding_mode="trunc"),

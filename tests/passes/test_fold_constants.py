@@ -90,7 +90,7 @@ def comparison(m, x):
 
 
 FOLDED = [
-    Case(mask, ["opaque"], 1),
+    Case(mask, ["masked_fill"], 1),
     Case(positions, ["add"], 1),
     Case(positions_of_a_fixed_size, ["mul"], 1),
     Case(index_table, ["slice"], 1),
@@ -102,7 +102,7 @@ FOLDED = [
     Case(several_readers, ["add", "mul", "add"], 2),
     Case(constant_output, ["add"], 3),
     Case(written_before_it_is_read, ["mul"], 1),
-    Case(comparison, ["opaque"], 2),
+    Case(comparison, ["where"], 2),
 ]
 
 
@@ -200,9 +200,9 @@ def written_by_a_constant_through_a_view(m, x):
 
 LEFT = {
     depends_on_batch: ["size", "opaque", "slice", "mul", "add"],
-    depends_on_batch_by_ones: ["size", "opaque", "opaque", "mul"],
-    depends_on_values: ["opaque", "sum", "mul", "add"],
-    depends_on_shape_like: ["opaque", "opaque", "add"],
+    depends_on_batch_by_ones: ["size", "opaque", "cumsum", "mul"],
+    depends_on_values: ["gt", "sum", "mul", "add"],
+    depends_on_shape_like: ["opaque", "cumsum", "add"],
     new_from_input: ["size", "opaque", "add"],
     written_through_a_view: ["opaque", "slice", "reshape", "set_item", "slice", "add"],
     written_by_a_constant_through_a_view: ["opaque", "reshape", "add", "slice", "add"],

@@ -45,8 +45,8 @@ def x() -> torch.Tensor:
 
 def with_islands() -> nn.Module:
     def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        y = torch.sort(m.a(x)).values
-        return torch.cumsum(m.b(y), 1).sigmoid()
+        y = torch.cummax(m.a(x), -1).values
+        return torch.cumprod(m.b(y), 1).sigmoid()
 
     return Forward(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
 
@@ -128,14 +128,14 @@ def test_islands_stay_between_stubs() -> None:
             assert info(node).source is not None
     assert operators(gm) == ["quantize", "linear", "dequantize"] * 2 + ["quantize", "lookup", "dequantize"]
     islands = [note for note in graph_info(gm).notes if note.startswith("float:")]
-    assert [note.split(":")[1].split()[0] for note in islands] == ["_generated_sort_0", "_generated_cumsum_0"]
+    assert [note.split(":")[1].split()[0] for note in islands] == ["_generated_cummax_0", "_generated_cumprod_0"]
 
 
 def test_islands_compute_what_they_did() -> None:
     gm = lowered(frozen(with_islands(), x()))
     run = Simulator(gm).run(x(), record=True)
-    assert torch.equal(run.values["_generated_sort_0[0]"], torch.sort(run.values["a.dequant"]).values)
-    assert torch.equal(run.values["_generated_cumsum_0"], torch.cumsum(run.values["b.dequant"], 1))
+    assert torch.equal(run.values["_generated_cummax_0[0]"], torch.cummax(run.values["a.dequant"], -1).values)
+    assert torch.equal(run.values["_generated_cumprod_0"], torch.cumprod(run.values["b.dequant"], 1))
 
 
 def test_strict_names_every_island_and_changes_nothing() -> None:
@@ -143,7 +143,7 @@ def test_strict_names_every_island_and_changes_nothing() -> None:
     text, record = printed(gm), graph_info(gm)
     with pytest.raises(QuantizationError, match=r"2 operator\(s\) stay in float") as caught:
         lowered(gm, "{strict=true}")
-    for part in ("site _generated_sort_0", "_generated_cumsum_0", "no integer form of torch.cumsum is known"):
+    for part in ("site _generated_cummax_0", "_generated_cumprod_0", "no integer form of torch.cumprod is known"):
         assert part in str(caught.value)
     assert str(caught.value).count("test_lower_to_integer.py:") == 2
     assert printed(gm) == text
@@ -153,13 +153,13 @@ def test_strict_names_every_island_and_changes_nothing() -> None:
 def test_strict_names_all_of_many_islands() -> None:
     def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
         for _ in range(12):
-            x = torch.cumsum(x, 1)
+            x = torch.cumprod(x, 1)
         return m.fc(x)
 
     with pytest.raises(QuantizationError, match=r"12 operator\(s\)") as caught:
         lowered(frozen(Forward(forward, fc=nn.Linear(4, 4)), x()), "{strict=true}")
     for number in range(12):
-        assert f"_generated_cumsum_{number}," in str(caught.value)
+        assert f"_generated_cumprod_{number}," in str(caught.value)
 
 
 def test_strict_accepts_what_is_all_integer() -> None:

@@ -197,7 +197,7 @@ class Noisy(nn.Module):
     """Stays in float; multiplies by a million in training mode."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.sort(x).values * (1e6 if self.training else 1.0)
+        return torch.cummax(x, -1).values * (1e6 if self.training else 1.0)
 
 
 def test_training_mode_is_left_aside_and_brought_back() -> None:
@@ -297,9 +297,9 @@ def test_inputs_of_different_batch_sizes() -> None:
 
 
 def test_an_operator_that_makes_nan_is_named() -> None:
-    model = Forward(lambda m, x: torch.sort(x.relu()).values.log().sigmoid())
+    model = Forward(lambda m, x: torch.acosh(x.relu()).sigmoid())
     gm = prepare(model.eval(), torch.rand(2, 4) + 1)
-    with pytest.raises(QuantizationError, match=r"site _generated_log_0\.quant"):
+    with pytest.raises(QuantizationError, match=r"site _generated_acosh_0\.quant"):
         calibrate(gm, [torch.zeros(2, 4)], progress=False)
 
 

@@ -518,11 +518,22 @@ CASES: dict[str, Callable[[Draw], Case]] = {
 }
 
 
+from tests.simulator.function_cases import FUNCTION_CASES, LOOKUPS  # noqa: E402 - draws with the classes above
+from tests.simulator.sampling_cases import MOVES, SAMPLING_CASES  # noqa: E402 - draws with the classes above
+
+CASES |= SAMPLING_CASES
+CASES |= FUNCTION_CASES
+
+
 # --- zero points ---------------------------------------------------------------------------------------------------
 
-RESULT_ZERO = tuple(name for name in CASES if name not in ("dequantize", "clamp", "lookup", "max_pool"))
+RESULT_ZERO = tuple(
+    name for name in CASES if name not in ("dequantize", "clamp", "lookup", "max_pool", *MOVES, "compare", *LOOKUPS)
+)
 OPERAND_ZEROS = {"add": ("x", "y"), "mul": ("x", "y"), "matmul": ("x", "y"), "conv": ("x", "residual")}
 OPERAND_ZEROS |= {"linear": ("x", "residual"), "quantize": (), "clamp": (), "lookup": (), "max_pool": ()}
+OPERAND_ZEROS |= {"compare": ("x", "y"), **dict.fromkeys(LOOKUPS, ())}
+OPERAND_ZEROS |= dict.fromkeys(MOVES, ())
 FORMATS = {dtype: name for name, dtype in STORAGE.items()}
 
 

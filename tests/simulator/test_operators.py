@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qgraph.ir.integer import integer_name
 from qgraph.simulator.operators import FAKES, SCHEMAS
 from qgraph.simulator.reference import KERNELS
 from tests.simulator.cases import CASES, Case, Draw
@@ -139,6 +141,7 @@ def test_a_convolution_without_a_batch(seed: int) -> None:
 SINGLE = {"arithmetic": "int32:wrap/fixed_point:24:half_even", "low": -128, "high": 127, "format": "int8"}
 SUM = {**SINGLE, "arithmetic": "int32:wrap/fixed_point:31:half_even"}
 BILINEAR = {**SINGLE, "arithmetic": "int39:wrap/fixed_point:24:half_even"}
+INT32 = {"low": -(2**31), "high": 2**31 - 1, "format": "int32"}
 WINDOW = {"kernel_size": [2, 2], "stride": [2, 2], "padding": [0, 0]}
 CONV = {
     "stride": [1, 1],
@@ -167,6 +170,7 @@ def build_graph() -> fx.GraphModule:
 
     x = graph.placeholder("x")
     factor, shift = constant("factor", torch.tensor(12345678)), constant("shift", torch.tensor(31))
+    large_factor = constant("large_factor", torch.tensor(2**31 - 12345))
     small_shift = constant("small_shift", torch.tensor(29))
     wide_shift = constant("wide_shift", torch.tensor(26))
     window_shift, grid_shift = constant("window_shift", torch.tensor(24)), constant("grid_shift", torch.tensor(46))
@@ -188,13 +192,53 @@ def build_graph() -> fx.GraphModule:
     y = call("matmul", y, half, factor, shift, **SINGLE)
     small = call("avg_pool", y, factor, wide_shift, **WINDOW, output_size=[2, 2], **SINGLE)
     large = call("resize_bilinear", small, positions, positions, factor, grid_shift, weight_bits=11, **BILINEAR)
+    large = sampled(constant, call, large, factor, window_shift, grid_shift)
     y = call("adaptive_avg_pool", large, factor, wide_shift, output_size=[2, 1], **SINGLE)
     y = call("reduce_sum", y, factor, wide_shift, dims=[-1], keepdim=False, **SINGLE)
+    segments = [constant(f"segment_{i}", torch.tensor(v)) for i, v in enumerate(([*range(-64, 65)], [0, 128], [1, 1]))]
+    y = call("lookup_segments", y, *segments, source="int8", fraction_bits=0, format="int8")
+    mask = call("compare", y, y, factor, large_factor, relation="ge")
+    steps = [constant("thresholds", torch.tensor([-9, 3])), constant("step_values", codes(3))]
+    bent = call("prelu", y, large_factor, shift, factor, shift, **SINGLE)
+    y = graph.call_function(torch.where, (mask, call("lookup_steps", y, *steps), bent))
     y = call("linear", y, constant("matrix", codes(5, 2)), None, None, factor, small_shift, None, **SINGLE)
     scales = constant("scales", torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))
     graph.output(call("dequantize", y, scales, axis=2))
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+def sampled(
+    constant: Callable[..., fx.Node],
+    call: Callable[..., fx.Node],
+    x: fx.Node,
+    factor: fx.Node,
+    single_shift: fx.Node,
+    grid_shift: fx.Node,
+) -> fx.Node:
+    """`x` `[N, 4, 3, 3]` through the operators that sample, order and unfold; the same shape again."""
+    window = {"kernel_size": [2, 2], "dilation": [1, 1], "padding": [0, 0], "stride": [1, 1]}
+    place = {"position_bits": 11, "padding": "reflection", "align_corners": False}
+    x = call("cumsum", x, factor, single_shift, dim=1, **SINGLE)
+    x = call("fold", call("unfold", x, **window), factor, single_shift, output_size=[3, 3], **window, **SINGLE)
+    taps = torch.tensor([[[0, 0, 1], [1, 2, 2]], [[1024, 100, 2048], [1024, 1948, 0]]])
+    table = constant("table_of_taps", taps)
+    x = call("resize", x, None, table, table, factor, grid_shift, **BILINEAR)
+    pixels = constant("pixel_shift", torch.tensor(17))
+    positions = call("requantize", x, factor, pixels, None, **{**SINGLE, **INT32})
+    positions = torch_call(
+        x.graph, torch.stack, [torch_call(x.graph, torch.select, positions, 1, i) for i in (0, 1)], -1
+    )
+    x = call("sample_bilinear", x, positions, factor, grid_shift, **place, **BILINEAR)
+    x = call("sample_nearest", x, positions, **place)
+    ranks = call("order", x, dim=1, descending=True, count=4)
+    first = call("arg_extreme", x, dim=1, keepdim=True, largest=False)
+    ranks = torch_call(x.graph, torch.maximum, ranks, first)
+    return torch_call(x.graph, torch.gather, x, 1, ranks)
+
+
+def torch_call(graph: fx.Graph, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+    return graph.call_function(function, arguments)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +251,7 @@ def pictures(count: int) -> torch.Tensor:
 
 
 def test_graph_holds_every_operator_and_its_scores_vary(module: fx.GraphModule) -> None:
-    names = {str(node.target).split(".")[1] for node in module.graph.nodes if node.op == "call_function"}
+    names = {name for node in module.graph.nodes if (name := integer_name(node.target))}
     assert names == set(KERNELS)
     assert len(module(pictures(3)).unique()) > 10
 

@@ -24,7 +24,7 @@ INT8 = {"low": -128, "high": 127, "format": "int8"}
 INT32 = {"low": -(2**31), "high": 2**31 - 1, "format": "int32"}
 ARITHMETIC = sorted(
     {"requantize", "conv", "linear", "matmul", "add", "mul", "resize_bilinear"}
-    | {"avg_pool", "adaptive_avg_pool", "reduce_sum"}
+    | {"avg_pool", "adaptive_avg_pool", "reduce_sum", "cumsum", "fold", "resize", "sample_bilinear", "prelu"}
 )
 ACCUMULATING = sorted(set(ARITHMETIC) - {"requantize", "add"})
 
@@ -35,7 +35,14 @@ def result_dtype(case: Case) -> torch.dtype:
     first, second = case.arguments[0], case.arguments[-1]
     assert first is not None
     assert second is not None
-    return {"dequantize": torch.float32, "lookup": second.dtype, "max_pool": first.dtype}[case.operator]
+    return {
+        "dequantize": torch.float32,
+        "compare": torch.bool,
+        "lookup": second.dtype,
+        "lookup_steps": second.dtype,
+        "arg_extreme": torch.int64,
+        "order": torch.int64,
+    }.get(case.operator, first.dtype)
 
 
 def check(case: Case, expected: np.ndarray | None = None, counts: Counts | None = None) -> None:
@@ -192,6 +199,29 @@ def test_one_term_in_float(codes: list[int], factor: float, rounding: str, outpu
 )
 def test_quantize(values: list[float], scale: float, name: str) -> None:
     check(Case("quantize", (torch.tensor(values), torch.tensor(scale)), {"format": name}))
+
+
+RELATIONS = st.sampled_from(["gt", "ge", "lt", "le", "eq", "ne"])
+
+
+@SEARCH
+@given(
+    codes=CODES, rule=SINGLE_RULES, up=MULTIPLIERS, down=MULTIPLIERS, shifts=st.tuples(SHIFTS, SHIFTS), output=OUTPUTS
+)
+def test_two_slopes(
+    codes: list[int], rule: str, up: int, down: int, shifts: tuple[int, int], output: dict[str, Any]
+) -> None:
+    x = torch.tensor(codes, dtype=torch.int32)
+    word = {"arithmetic": f"int32:wrap/{rule}", **output}
+    check_if_narrow(Case("prelu", (x, scalar(up), scalar(shifts[0]), scalar(down), scalar(shifts[1])), word))
+
+
+@SEARCH
+@given(x=CODES, y=CODES, mx=st.integers(0, 2**31 - 1), my=st.integers(0, 2**31 - 1), relation=RELATIONS)
+def test_compared_products(x: list[int], y: list[int], mx: int, my: int, relation: str) -> None:
+    left, right = (torch.tensor(codes[: min(len(x), len(y))], dtype=torch.int32) for codes in (x, y))
+    check(Case("compare", (left, right, scalar(mx), scalar(my)), {"relation": relation}))
+    check(Case("compare", (left, left, scalar(mx), scalar(mx)), {"relation": relation}))
 
 
 # --- whole ranges --------------------------------------------------------------------------------------------------

@@ -28,16 +28,16 @@ from qgraph.targets import LegalFormats, OpRule
 
 class Larger(nn.Module):
     def forward(self, x, y):
-        return torch.maximum(x * 2, y)
+        return torch.fmax(x * 2, y)
 
 bpu = qgraph.get_target("bpu")
 legal = LegalFormats(((qint8, qint16),), (qint8, qint16))
-target = replace(bpu, name="with maximum", ops={**bpu.ops, "maximum": OpRule("vector", (legal,))})
+target = replace(bpu, name="with fmax", ops={**bpu.ops, "fmax": OpRule("vector", (legal,))})
 example = (torch.randn(2, 5), torch.randn(2, 5))
 prepared = qgraph.prepare(Larger().eval(), example, target=target)
 qgraph.calibrate(prepared, [example], progress=False)
 integer = qgraph.convert(prepared, strict=True)
-assert "maximum" in {qgraph.info(node).op.name for node in integer.graph.nodes}
+assert "fmax" in {qgraph.info(node).op.name for node in integer.graph.nodes}
 assert all(site.unexplained == 0 for site in compare_sites(prepared, integer, example))
 assert torch.equal(qgraph.Simulator(integer)(*example), integer(*example))
 """

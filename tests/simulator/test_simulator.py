@@ -120,11 +120,11 @@ def test_recorded_codes_stand_for_the_models_values(x: torch.Tensor) -> None:
 
 
 def test_islands_are_recorded_as_reals() -> None:
-    model = Forward(lambda m, x: torch.cumsum(m.fc(x), 1).sigmoid(), fc=nn.Linear(4, 4))
+    model = Forward(lambda m, x: torch.cumprod(m.fc(x), 1).sigmoid(), fc=nn.Linear(4, 4))
     x = torch.randn(2, 4)
     run = Simulator(integer_of(model, x)).run(x, record=True)
-    assert run.values["_generated_cumsum_0"].dtype is torch.float32
-    assert torch.equal(run.values["_generated_cumsum_0"], run.values["fc.dequant"].cumsum(1))
+    assert run.values["_generated_cumprod_0"].dtype is torch.float32
+    assert torch.equal(run.values["_generated_cumprod_0"], run.values["fc.dequant"].cumprod(1))
 
 
 def test_parts_of_tuples_are_sites_and_tuples_are_not() -> None:
@@ -192,12 +192,12 @@ def test_several_injections(simulator: Simulator, x: torch.Tensor) -> None:
 
 
 def test_reals_are_injected_into_islands() -> None:
-    model = Forward(lambda m, x: torch.cumsum(m.fc(x), 1).sigmoid(), fc=nn.Linear(4, 4))
+    model = Forward(lambda m, x: torch.cumprod(m.fc(x), 1).sigmoid(), fc=nn.Linear(4, 4))
     x = torch.randn(2, 4)
     simulator = Simulator(integer_of(model, x))
-    run = simulator.run(x, inject={"_generated_cumsum_0": torch.full((2, 4), -1e9)}, record=True)
-    assert run.values["_generated_cumsum_0.quant"].eq(-128).all()
-    assert {op.site: op.saturated for op in run.ops}["_generated_cumsum_0.quant"] == 8
+    run = simulator.run(x, inject={"_generated_cumprod_0": torch.full((2, 4), -1e9)}, record=True)
+    assert run.values["_generated_cumprod_0.quant"].eq(-128).all()
+    assert {op.site: op.saturated for op in run.ops}["_generated_cumprod_0.quant"] == 8
 
 
 @pytest.mark.parametrize(

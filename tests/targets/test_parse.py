@@ -10,7 +10,7 @@ import torch
 
 from qgraph.errors import TargetError
 from qgraph.ir.op_table import OPS
-from qgraph.numerics import Scheme, float16, qint8, qint16, qint32
+from qgraph.numerics import Scheme, SegmentForm, float16, qint8, qint16, qint32
 from qgraph.targets import Memory, Target, get_target, load_target, parse_target
 
 SMALL = """
@@ -73,6 +73,9 @@ bytes_per_cycle = 8
 """
 
 
+SEGMENTS = 'int16 = { segments = 64, entries = 64, break_points = "even", fraction_bits = 8 }'
+
+
 def small(old: str = "", new: str = "") -> Target:
     assert old in SMALL
     return parse_target(SMALL.replace(old, new, 1), origin="small.toml")
@@ -90,8 +93,8 @@ def test_everything_a_file_says_is_read() -> None:
     assert str(target.quantize_rule) == "divide:half_away"
     scales = torch.tensor(0.1), torch.tensor(0.3)
     assert target.factor("add", *scales, result=torch.tensor(0.7)) == (scales[0] * scales[1] / 0.7).double()
-    assert target.table_entries(qint8) is None
-    assert target.table_entries(qint16) == 1024
+    assert target.table_form(qint8) is None
+    assert target.table_form(qint16) == 1024
     assert target.weight_bits == 8
     assert str(target.step("product")) == "int32:wrap/fixed_point:24:half_even"
     assert list(target.ops) == ["conv2d", "linear", "add"]
@@ -102,6 +105,12 @@ def test_everything_a_file_says_is_read() -> None:
     assert target.memories == {"ddr": Memory(1e9, 4), "sram": Memory(1e6, 8)}
     assert (target.bytes_per_cycle, target.clock_hz) == (4, 1e6)
     assert target.rule("matmul") is None
+
+
+def test_segments() -> None:
+    assert small("int16 = 1024", SEGMENTS).table_form(qint16) == SegmentForm(64, 64, False, 8)
+    plain = 'int16 = { segments = 50, entries = 32, break_points = "curvature" }'
+    assert small("int16 = 1024", plain).table_form(qint16) == SegmentForm(50, 32, True, 0)
 
 
 def test_legal_formats() -> None:
@@ -130,7 +139,7 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         small().step("produkt")
     assert "did you mean 'product'?" in str(raised.value)
     with pytest.raises(TargetError, match="has no function tables for int32"):
-        small().table_entries(qint32)
+        small().table_form(qint32)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +198,13 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         ('"int8*int8" = 64', '"int8*innt8" = 64', ["unknown number format 'innt8'", "[tensor]"]),
         ("int16 = 1024", "int16 = 1000", ["cannot have 1000 intervals", "power of two", "[tables]"]),
         ("int16 = 1024", 'int16 = "half"', ["int16 is 'half'", "[tables]"]),
+        ("int16 = 1024", "int16 = { segments = 64 }", ["lacks 'break_points'", "[tables], int16"]),
+        ("int16 = 1024", SEGMENTS.replace("even", "evn"), ["break_points is 'evn'", 'give "even" or "curvature"']),
+        ("int16 = 1024", SEGMENTS.replace("64,", "63,", 1), ["63 segments", "power of two", "[tables], int16"]),
+        ("int16 = 1024", SEGMENTS.replace("64,", "4096,", 1), ["262144 intervals", "[tables], int16"]),
+        ("int16 = 1024", SEGMENTS.replace("entries", "entry"), ["unknown key 'entry'", "did you mean 'entries'"]),
+        ("int16 = 1024", SEGMENTS.replace("= 8 }", "= 9 }"), ["9 fraction bits"]),
+        ("int16 = 1024", SEGMENTS.replace("= 8 }", "= 1.5 }"), ["fraction_bits is 1.5", "whole number"]),
         ("int16 = 1024", "float16 = 1024", ["'float16' is not an integer format", "[tables]"]),
     ],
 )

@@ -31,7 +31,7 @@ class SharedConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = self.conv(F.relu(self.conv(x)))
-        return self.head(torch.cat([x, y], 1)[:, :3]), torch.cumsum(y, 1)
+        return self.head(torch.cat([x, y], 1)[:, :3]), torch.cumprod(y, 1)
 
 
 class Chain(nn.Module):

@@ -108,7 +108,7 @@ class Scaled(nn.Module):
         self.register_buffer("factor", torch.tensor([factor, 1.0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cumsum(x * self.factor, dim=1)
+        return torch.cumprod(x * self.factor, dim=1)
 
 
 def test_another_constant_is_a_change() -> None:
@@ -123,13 +123,13 @@ class Cumulated(nn.Module):
         self.dim = dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cumsum(x, self.dim)
+        return torch.cumprod(x, self.dim)
 
 
 def test_another_argument_of_an_unknown_operator_is_a_change() -> None:
     example = torch.randn(2, 3, 4)
     before, after = (qgraph.trace(Cumulated(dim).eval(), example) for dim in (1, 2))
-    assert changed_sites(before, after) == {"generated_cumsum_0"}
+    assert changed_sites(before, after) == {"generated_cumprod_0"}
 
 
 def test_another_format_is_a_change() -> None:
@@ -168,9 +168,9 @@ class Ordered(nn.Module):
 def test_a_float_reason_is_a_change() -> None:
     before = stages("shared")["prepared"]
     after = copy.deepcopy(before)
-    (island,) = [node for node in after.graph.nodes if node.name == "generated_cumsum_0"]
+    (island,) = [node for node in after.graph.nodes if node.name == "generated_cumprod_0"]
     set_info(island, replace(info(island), float_reason="the user said so"))
-    assert changed_sites(before, after) == {"generated_cumsum_0"}
+    assert changed_sites(before, after) == {"generated_cumprod_0"}
 
 
 def test_weights_that_are_not_a_number_are_equal_to_themselves() -> None:

@@ -1,17 +1,22 @@
-"""Runs benchmarks and prints their tables: `python -m tools.bench [prepare growth calibration fidelity]`."""
+"""Runs benchmarks and prints their tables.
+
+`python -m tools.bench [prepare growth calibration fidelity artifact simulate]`
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
-from tools.bench import calibration, fidelity, growth, prepare
+from tools.bench import artifact, calibration, fidelity, growth, prepare, simulate
 
 BENCHMARKS: dict[str, Callable[[], str]] = {
     "prepare": prepare.run,
     "growth": growth.run,
     "calibration": calibration.run,
     "fidelity": fidelity.run,
+    "artifact": artifact.run,
+    "simulate": simulate.run,
 }
 
 

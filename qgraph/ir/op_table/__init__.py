@@ -6,11 +6,15 @@ table and need no change.
 """
 
 from qgraph.ir.op_table.arithmetic import *
+from qgraph.ir.op_table.comparison import *
 from qgraph.ir.op_table.composites import *
 from qgraph.ir.op_table.define import OPS as OPS
+from qgraph.ir.op_table.functions import *
+from qgraph.ir.op_table.indexing import *
 from qgraph.ir.op_table.movement import *
 from qgraph.ir.op_table.products import *
 from qgraph.ir.op_table.reductions import *
+from qgraph.ir.op_table.resampling import *
 from qgraph.ir.op_table.selection import *
 from qgraph.ir.op_table.structure import *
 from qgraph.ir.op_table.tables import *

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qgraph.ir.op import Function, Op, OpKind, OpTable, Spelling
+from qgraph.ir.op import Fixed, Function, Op, OpKind, OpTable, Spelling
 
 OPS = OpTable()
 
@@ -31,7 +31,7 @@ def define(
     target: Function | None = None,
     spelled: tuple[Target | tuple[Target, Spelling], ...] = (),
     in_place: tuple[Target | tuple[Target, Spelling], ...] = (),
-    modules: Mapping[type[nn.Module], Mapping[str, str]] | tuple[type[nn.Module], ...] = (),
+    modules: Mapping[type[nn.Module], Mapping[str, str | Fixed]] | tuple[type[nn.Module], ...] = (),
     **more: Any,
 ) -> Op:
     """Defines an operator; `example` is never called, it only shows parameters and defaults."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qgraph.ir import functional as QF
-from qgraph.ir.op import Function, Op, OpKind, QuantRule, ShapeRule, Spelling
+from qgraph.ir.op import Fixed, Function, Op, OpKind, QuantRule, ShapeRule, Spelling
 from qgraph.ir.op_table.define import args, aten, define, renamed, uniform
 
 
@@ -70,6 +70,29 @@ TRANSPOSE = _move(
         (torch.t, args("input", dim0=0, dim1=1)),
     ),
 )
+MOVEDIM = _move(
+    "movedim",
+    torch.movedim,
+    lambda input, source, destination: None,
+    spelled=(torch.moveaxis, "movedim", "moveaxis"),
+)
+REPEAT_INTERLEAVE = _move(
+    "repeat_interleave",
+    torch.repeat_interleave,
+    lambda input, repeats, dim=None, output_size=None: None,
+    spelled=(("repeat_interleave", args("input repeats dim output_size")),),
+)
+EXPAND_AS = define(
+    "expand_as",
+    OpKind.MOVE,
+    lambda input, other: None,
+    "input other",
+    target=torch.Tensor.expand_as,
+    spelled=("expand_as",),
+    plain=("other",),  # read for its shape
+    quant=QuantRule.SAME,
+    lowering="move",
+)
 SQUEEZE = _move(
     "squeeze",
     torch.squeeze,
@@ -106,6 +129,7 @@ SLICE = _move(
     operator.getitem,
     lambda input, index: None,
     spelled=("__getitem__",),
+    lowering="slice",
 )
 SPLIT = _move(
     "split",
@@ -151,6 +175,9 @@ COPY_TO = define(
     in_place=(("copy_", args("input other non_blocking", ignored="non_blocking")),),
 )
 _PADS = {"pad": "padding"}
+_MIRRORED: dict[str, str | Fixed] = {"pad": "padding", "mode": Fixed("reflect")}
+_REPEATED: dict[str, str | Fixed] = {"pad": "padding", "mode": Fixed("replicate")}
+_CIRCULAR: dict[str, str | Fixed] = {"pad": "padding", "mode": Fixed("circular")}
 _CONSTANT_PADS = {"pad": "padding", "value": "value"}
 PAD = define(
     "pad",
@@ -164,6 +191,15 @@ PAD = define(
         nn.ConstantPad1d: _CONSTANT_PADS,
         nn.ConstantPad2d: _CONSTANT_PADS,
         nn.ConstantPad3d: _CONSTANT_PADS,
+        nn.ReflectionPad1d: _MIRRORED,
+        nn.ReflectionPad2d: _MIRRORED,
+        nn.ReflectionPad3d: _MIRRORED,
+        nn.ReplicationPad1d: _REPEATED,
+        nn.ReplicationPad2d: _REPEATED,
+        nn.ReplicationPad3d: _REPEATED,
+        nn.CircularPad1d: _CIRCULAR,
+        nn.CircularPad2d: _CIRCULAR,
+        nn.CircularPad3d: _CIRCULAR,
     },
     quant=lambda values: QuantRule.SAME if values["mode"] != "constant" or not values["value"] else QuantRule.OWN,
     lowering="pad",
@@ -189,7 +225,7 @@ INTERPOLATE = define(
     target=F.interpolate,
     modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     quant=lambda values: QuantRule.SAME if values["mode"].startswith("nearest") else QuantRule.OWN,
-    lowering="interpolate",
+    lowering="resize",
     canonical=_resize_options,
 )
 

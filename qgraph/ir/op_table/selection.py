@@ -76,3 +76,12 @@ AMAX = define(
     quant=QuantRule.SAME,
     lowering="move",
 )
+AMIN = define(
+    "amin",
+    OpKind.SELECT,
+    lambda input, dim=(), keepdim=False: None,
+    target=torch.amin,
+    spelled=(aten.amin.default, "amin"),
+    quant=QuantRule.SAME,
+    lowering="move",
+)

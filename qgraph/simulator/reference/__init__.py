@@ -5,7 +5,10 @@ from collections.abc import Callable
 import torch
 
 from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize
+from qgraph.simulator.reference.functions import compare, lookup_segments, lookup_steps, prelu
+from qgraph.simulator.reference.ordering import arg_extreme, cumsum, fold, order, unfold
 from qgraph.simulator.reference.products import conv, linear, matmul
+from qgraph.simulator.reference.sampling import resize, sample_bilinear, sample_nearest
 from qgraph.simulator.reference.windows import (
     adaptive_avg_pool,
     avg_pool,
@@ -20,17 +23,29 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "add": add,
     "avg_pool": avg_pool,
     "clamp": clamp_codes,
+    "compare": compare,
     "conv": conv,
     "dequantize": dequantize,
     "linear": linear,
     "lookup": lookup,
+    "lookup_segments": lookup_segments,
+    "lookup_steps": lookup_steps,
     "matmul": matmul,
     "max_pool": max_pool,
     "mul": mul,
+    "prelu": prelu,
     "quantize": quantize,
     "reduce_sum": reduce_sum,
     "requantize": requantize,
     "resize_bilinear": resize_bilinear,
+    "arg_extreme": arg_extreme,
+    "cumsum": cumsum,
+    "fold": fold,
+    "order": order,
+    "resize": resize,
+    "sample_bilinear": sample_bilinear,
+    "sample_nearest": sample_nearest,
+    "unfold": unfold,
 }
 
 __all__ = ["KERNELS"]

@@ -1,0 +1,1 @@
+"""Rules that take composites apart, by subject; the passes `decompose-layers` and `decompose-composites` apply them."""

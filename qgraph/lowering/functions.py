@@ -1,0 +1,96 @@
+"""Lowering of functions of one value.
+
+f(x)            qz = table[qx], full or interpolated as the target has it
+floor, sign     qz = values[number of thresholds not above qx]        exact: no table between entries holds a jump
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qgraph.errors import InternalError
+from qgraph.ir.arguments import bind
+from qgraph.ir.node_info import info, where
+from qgraph.lowering.base import Lowering, LoweringContext, is_number, register_lowering
+from qgraph.numerics import SegmentForm, build_segments, build_steps, build_table
+from qgraph.numerics.tables import ScalarFunction
+from qgraph.rewrite import Verdict, no, yes
+from qgraph.targets import Target
+
+
+class TableLowering(Lowering):
+    """Any function of one value: a table of the target's form."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        if info(node).op.scalar_function is None:
+            return no(f"the op table gives no function for {info(node).op}", node)
+        if any(isinstance(option, fx.Node) for option in bind(node).options().values()):
+            return no("an option is computed in the forward", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        return table_call(node, bind(node).operand("input"), _scalar_function(node), ctx)
+
+
+class PowLowering(Lowering):
+    """A power with a number as exponent or as base."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        operands = [bind(node).operand(name) for name in ("input", "exponent")]
+        numbers = [operand for operand in operands if not isinstance(operand, fx.Node)]
+        if len(numbers) != 1:
+            return no("base and exponent are both computed in the forward", node)
+        return yes() if is_number(numbers[0]) else no(f"it computes with {numbers[0]!r}", node)
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        base, exponent = (bind(node).operand(name) for name in ("input", "exponent"))
+        if isinstance(base, fx.Node):
+            return table_call(node, base, lambda values: torch.pow(values, exponent), ctx)
+        return table_call(node, exponent, lambda values: torch.pow(base, values), ctx)
+
+
+class StepsLowering(TableLowering):
+    """A function that jumps: a full table, or its thresholds and the values between them."""
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x = bind(node).operand("input")
+        thresholds, values = build_steps(_scalar_function(node), ctx.qparams(x), ctx.qparams(node))
+        tensors = [ctx.tensor(node, role, t) for role, t in (("thresholds", thresholds), ("values", values))]
+        return ctx.integer("lookup_steps", x, *tensors, like=node)
+
+
+def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: LoweringContext) -> fx.Node:
+    """`function` of the codes of `x`, as a lookup in a table of the target's form."""
+    source, result = ctx.qparams(x), ctx.qparams(node)
+    form = ctx.target.table_form(source.qtype)
+    if not isinstance(form, SegmentForm):
+        table = ctx.tensor(node, "table", build_table(function, source, result, entries=form))
+        return ctx.integer("lookup", x, table, like=node, source=str(source.qtype))
+    made = build_segments(function, source, result, form)
+    tensors = [ctx.tensor(node, role, getattr(made, role)) for role in ("entries", "starts", "shifts")]
+    options: dict[str, Any] = {
+        "source": str(source.qtype),
+        "fraction_bits": form.fraction_bits,
+        "format": str(result.qtype),
+    }
+    return ctx.integer("lookup_segments", x, *tensors, like=node, **options)
+
+
+def _scalar_function(node: fx.Node) -> ScalarFunction:
+    """The function of a call with its options, on float64.
+
+    Raises:
+        InternalError: the op table gives none.
+    """
+    function, options = info(node).op.scalar_function, bind(node).options()
+    if function is None:
+        raise InternalError("a table has no function", where=where(node))
+    return lambda values: function(values, **options)
+
+
+register_lowering("table", TableLowering())
+register_lowering("pow", PowLowering())
+register_lowering("steps", StepsLowering())

@@ -1,0 +1,228 @@
+"""Rescaling loops compiled by numba, one pass over memory each; the optional extra `fast`.
+
+Arrays are `[rows, columns]`, factors `[columns]`. `start` is added to the first operand: a bias, or minus a zero point.
+A second operand may have one row or one column. `low` and `high` bound what is rounded, before `zero` is added. Integer
+loops work in 64 bits and know every rounding as one formula,
+
+    (v + add + ((v >> shift) & even) + ((v >> 63) & away)) >> shift          rounding = [shift, add, even, away]
+
+    half_even  add = half - 1, even = 1         half_up    add = half
+    half_away  add = half, away = -1            floor      nothing
+
+with `half = 2**(shift - 1)`; shift 0 rounds nothing. Float loops round half to even.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return, unreachable"
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The loop, compiled at its first call and kept on disk where a folder can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is no folder for the cache
+        return numba.njit(nogil=True)(function)
+
+
+@_compiled
+def scale_f32(a, start, m, low, high, zero, out):
+    """`rint(fl(float32(a + start) * m))`, the float rule; integers are added before they are rounded."""
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            t = np.rint(np.float32(a[i, j] + start[j]) * m[j])
+            out[i, j] = np.int32(min(max(t, low), high)) + zero
+
+
+@intrinsic
+def _fused(context, x, y, z):
+    """`x * y + z` in float32 with one rounding."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@_compiled
+def scale_fused(a, start, m, low, high, zero, out):
+    """The exact product `(a + start) * m` of two float32 numbers, rounded once, half to even.
+
+    Rounding the product to float32 first can only move it onto a tie, never across one, because ties are float32
+    numbers. The error of that rounding is a float32 number too; its sign says on which side of the tie the product was.
+    `a`, `start` and their sum are whole numbers within 2**24.
+    """
+    half, nothing = np.float32(0.5), np.float32(0)
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            x = np.float32(a[i, j]) + start[j]
+            t = x * m[j]
+            error = _fused(x, m[j], -t)  # type: ignore[call-arg, var-annotated]
+            r = np.rint(t)
+            d = t - r
+            r += d + d if (abs(d) == half) & (error * d > nothing) else nothing
+            out[i, j] = np.int32(min(max(r, low), high)) + zero
+
+
+@_compiled
+def scale_f64(a, start, m, low, high, zero, out):
+    """`rint((a + start) * m)` in float64, for products proven exact."""
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            t = np.rint((np.float64(a[i, j]) + start[j]) * m[j])
+            out[i, j] = np.int32(min(max(t, low), high)) + zero
+
+
+@_compiled
+def scale_int(a, start, m, rounding, low, high, zero, out):
+    """One rounding of `(a + start) * m`."""
+    shift, add, even, away = rounding[0], rounding[1], rounding[2], rounding[3]
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            v = (np.int64(a[i, j]) + start[j]) * m[j]
+            q = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
+            out[i, j] = min(max(q, low), high) + zero
+
+
+@_compiled
+def scale_two(a, start, m, first, second, low, high, zero, out):
+    """Two roundings of `(a + start) * m`."""
+    shift, add, even, away = first[0], first[1], first[2], first[3]
+    shift2, add2, even2, away2 = second[0], second[1], second[2], second[3]
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            v = (np.int64(a[i, j]) + start[j]) * m[j]
+            w = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
+            q = (w + add2[j] + ((w >> shift2[j]) & even2[j]) + ((w >> 63) & away2[j])) >> shift2[j]
+            out[i, j] = min(max(q, low), high) + zero
+
+
+@_compiled
+def sum_f32(a, start, ma, b, b_zero, mb, offset, low, high, zero, out):
+    """`rint(fl(fl(fl(float32(a + start) * ma) + fl((b - b_zero) * mb)) + offset))`, the float rule."""
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        if b.shape[1] == a.shape[1]:
+            for j in range(a.shape[1]):
+                t = np.float32(a[i, j] + start[j]) * ma[j] + (np.float32(b[k, j]) - b_zero) * mb[j]
+                out[i, j] = np.int32(min(max(np.rint(t + offset[j]), low), high)) + zero
+        else:
+            one = np.float32(b[k, 0]) - b_zero
+            for j in range(a.shape[1]):
+                t = np.float32(a[i, j] + start[j]) * ma[j] + one * mb[j]
+                out[i, j] = np.int32(min(max(np.rint(t + offset[j]), low), high)) + zero
+
+
+@_compiled
+def sum_f64(a, ma, b, mb, offset, low, high, zero, out):
+    """`rint(a * ma + b * mb + offset)` in float64, for sums proven exact."""
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        if b.shape[1] == a.shape[1]:
+            for j in range(a.shape[1]):
+                t = np.float64(a[i, j]) * ma[j] + np.float64(b[k, j]) * mb[j] + offset[j]
+                out[i, j] = np.int32(min(max(np.rint(t), low), high)) + zero
+        else:
+            one = np.float64(b[k, 0])
+            for j in range(a.shape[1]):
+                t = np.float64(a[i, j]) * ma[j] + one * mb[j] + offset[j]
+                out[i, j] = np.int32(min(max(np.rint(t), low), high)) + zero
+
+
+@_compiled
+def sum_int(a, ma, b, mb, offset, rounding, low, high, zero, out):
+    """One rounding of `a * ma + b * mb + offset`."""
+    shift, add, even, away = rounding[0], rounding[1], rounding[2], rounding[3]
+    wide = b.shape[1] == a.shape[1]
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        for j in range(a.shape[1]):
+            other = np.int64(b[k, j] if wide else b[k, 0])
+            v = np.int64(a[i, j]) * ma[j] + other * mb[j] + offset[j]
+            q = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
+            out[i, j] = min(max(q, low), high) + zero
+
+
+@_compiled
+def mul_f32(a, a_zero, b, b_zero, m, low, high, zero, out):
+    """`rint(fl(float32((a - a_zero) * (b - b_zero)) * m))`, the float rule; float64 holds the product."""
+    wide = b.shape[1] == a.shape[1]
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        for j in range(a.shape[1]):
+            other = np.float64(b[k, j] if wide else b[k, 0]) - b_zero
+            t = np.rint(np.float32((np.float64(a[i, j]) - a_zero) * other) * m[j])
+            out[i, j] = np.int32(min(max(t, low), high)) + zero
+
+
+@_compiled
+def mul_f64(a, a_zero, b, b_zero, m, low, high, zero, out):
+    """`rint((a - a_zero) * (b - b_zero) * m)` in float64, for products proven exact."""
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        if b.shape[1] == a.shape[1]:
+            for j in range(a.shape[1]):
+                t = (np.float64(a[i, j]) - a_zero) * (np.float64(b[k, j]) - b_zero)
+                out[i, j] = np.int32(min(max(np.rint(t * m[j]), low), high)) + zero
+        else:
+            one = np.float64(b[k, 0]) - b_zero
+            for j in range(a.shape[1]):
+                t = (np.float64(a[i, j]) - a_zero) * one
+                out[i, j] = np.int32(min(max(np.rint(t * m[j]), low), high)) + zero
+
+
+@_compiled
+def mul_int(a, a_zero, b, b_zero, m, first, second, low, high, zero, out):
+    """Two roundings of `(a - a_zero) * (b - b_zero) * m`; a shift of 0 makes the second none."""
+    shift, add, even, away = first[0], first[1], first[2], first[3]
+    shift2, add2, even2, away2 = second[0], second[1], second[2], second[3]
+    wide = b.shape[1] == a.shape[1]
+    for i in range(a.shape[0]):
+        k = i if b.shape[0] > 1 else 0
+        for j in range(a.shape[1]):
+            other = np.int64(b[k, j] if wide else b[k, 0]) - b_zero
+            v = (np.int64(a[i, j]) - a_zero) * other * m[j]
+            w = (v + add[j] + ((v >> shift[j]) & even[j]) + ((v >> 63) & away[j])) >> shift[j]
+            q = (w + add2[j] + ((w >> shift2[j]) & even2[j]) + ((w >> 63) & away2[j])) >> shift2[j]
+            out[i, j] = min(max(q, low), high) + zero
+
+
+@_compiled
+def look_up(codes, table, out):
+    """`out[i] = table[codes[i]]`, codes read as unsigned."""
+    for i in range(codes.shape[0]):
+        out[i] = table[codes[i]]
+
+
+@_compiled
+def quantize(x, scale, divides, zero, low, high, out):
+    """`clamp(rint(x * scale) + zero)` of float32 reals, NaN as zero; `divides` says that `x / scale` is meant."""
+    for i in range(x.shape[0]):
+        t = np.rint(x[i] / scale if divides else x[i] * scale)
+        t = (t if t == t else np.float32(0)) + zero
+        out[i] = np.int32(min(max(t, low), high))
+
+
+@_compiled
+def max_pool(x, kernel, stride, padding, dilation, out):
+    """Largest codes of 2-d windows; `x` and `out` are `[N, H, W, C]`, and `out` starts with the lowest code."""
+    for n in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                for a in range(kernel[0]):
+                    row = i * stride[0] - padding[0] + a * dilation[0]
+                    if row < 0 or row >= x.shape[1]:
+                        continue
+                    for b in range(kernel[1]):
+                        column = j * stride[1] - padding[1] + b * dilation[1]
+                        if column < 0 or column >= x.shape[2]:
+                            continue
+                        for c in range(out.shape[3]):
+                            out[n, i, j, c] = max(out[n, i, j, c], x[n, row, column, c])

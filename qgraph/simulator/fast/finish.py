@@ -1,0 +1,309 @@
+"""From exact sums to codes: the end of every fast kernel.
+
+A `Finish` knows the rule, the factors and bounds of its terms, and chooses once how to compute:
+
+    f32   the float rule, as it is defined
+    f64   multipliers times `2**-shift` in float64, where products and sums have at most 53 bits
+    int   64-bit integers
+    engine  an engine's own rule, as it is defined, where no general one is the same
+
+Each way exists compiled (numba, arrays of rows) and as torch operators (any shapes and devices).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qgraph.numerics import (
+    Arithmetic,
+    EngineSum,
+    Factor,
+    QType,
+    RequantizeRule,
+    Rounding,
+    Rule,
+    ScaleForm,
+    parse_arithmetic,
+    parse_qtype,
+)
+from qgraph.numerics.engines import EngineRule
+from qgraph.numerics.rounding import round_float
+from qgraph.simulator.fast.columns import Loop, bound_loop
+from qgraph.simulator.fast.exact import DOUBLE, exact_in_double, largest
+from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.term import Term
+from qgraph.simulator.kernel import NoFastForm
+from qgraph.simulator.trace import KernelTrace
+
+_HIGH_BITS = 31
+_INT32 = 1 << 31
+_TWO = RequantizeRule(ScaleForm.FIXED_POINT_TWO, Rounding.HALF_AWAY, _HIGH_BITS, Rounding.HALF_UP)
+_UP = RequantizeRule(ScaleForm.FIXED_POINT, Rounding.HALF_UP, 16)
+_FLOAT = RequantizeRule(ScaleForm.FLOAT, Rounding.HALF_EVEN)
+_CHUNK = 1 << 17  # elements of wide temporaries that stay in a core's cache
+_COLUMNS = 1024
+_NARROW = (torch.int8, torch.uint8, torch.int16)
+
+
+class Finish:
+    """Rescales, rounds, moves to the zero point and bounds the sum of one or two terms, or the product of two.
+
+    Args:
+        options: `arithmetic`, `low`, `high`, `format` and `zero` of the operator.
+        terms: one or two terms; the second is the residual.
+        shift, offset: as the operator stores them.
+        factors: for a product, its two operands (their multipliers are not used).
+        real_bias: a float32 bias, of engines that have one.
+        accumulates: whether the first term passes through the accumulator.
+
+    Raises:
+        NoFastForm: a sum may leave the accumulator, or the result is wider than 16 bits.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        terms: list[Term],
+        shift: torch.Tensor | None,
+        offset: torch.Tensor | None = None,
+        factors: tuple[Term, Term] | None = None,
+        real_bias: torch.Tensor | None = None,
+        *,
+        accumulates: bool = True,
+    ) -> None:
+        word: Arithmetic = parse_arithmetic(options["arithmetic"])
+        self.qtype: QType = parse_qtype(options["format"])
+        self.low, self.high, self.zero = int(options["low"]), int(options["high"]), int(options.get("zero", 0))
+        self.terms, self.offset, self.factors, self.real_bias = terms, offset, factors, real_bias
+        self.is_sum = len(terms) > 1 or offset is not None
+        self.rule, self.shift, self.engine = self._rule(word.rule, shift)
+        if self.qtype.storage not in _NARROW:
+            raise NoFastForm(f"the result is {self.qtype}")
+        if accumulates and terms[0].bound > word.accumulator.qmax:
+            raise NoFastForm(f"sums may leave the accumulator of {word.accumulator.bits} bits")
+        if self.is_sum and (self.engine is not None or self.rule.form is ScaleForm.FIXED_POINT_TWO):
+            raise NoFastForm(f"{word.rule} defines no sums")
+        if real_bias is not None and self.engine is None:
+            raise NoFastForm(f"{word.rule} adds no float bias")
+        self.float_factors: dict[torch.device, list[torch.Tensor]] = {}
+        self.way = self._way()
+        even = self.rule.rounding is Rounding.HALF_EVEN
+        on_cpu = terms[0].multiplier.device.type == "cpu"
+        general = self.engine is None and (even or self.rule.form is not ScaleForm.FLOAT)
+        self.compiles = on_cpu and general and loops() is not None
+        self.loops: dict[tuple[int, bool], Loop] = {}
+
+    def _rule(
+        self, rule: Rule, shift: torch.Tensor | None
+    ) -> tuple[RequantizeRule, torch.Tensor | None, EngineRule | None]:
+        """The rule in a general form, with its shift, or the engine's own, to be applied as it is defined."""
+        if isinstance(rule, RequantizeRule):
+            return rule, shift, None
+        if isinstance(rule, EngineSum):
+            raise NoFastForm(f"{rule} rescales sums of two terms only")
+        same = None
+        if not self.is_sum and self.real_bias is None:
+            same = general_form(rule, self.terms[0], shift, self.zero)
+        return (_FLOAT, shift, rule) if same is None else (*same, None)
+
+    def _way(self) -> str:
+        if self.engine is not None:
+            return "engine"
+        if self.rule.form is ScaleForm.FLOAT:
+            return "f32"
+        assert self.shift is not None
+        if self.rule.form is ScaleForm.FIXED_POINT_TWO:
+            return "int"
+        if not self.is_sum:
+            exact = exact_in_double(self.terms[0].bound, self.terms[0].multiplier, self.shift, self.qtype.bits)
+            return "f64" if exact else "int"
+        total = largest(self.constant()) + sum(term.bound * largest(term.multiplier) for term in self.terms)
+        total += sum(abs(term.zero) * largest(term.multiplier) for term in self.terms)
+        return "f64" if total < DOUBLE else "int"
+
+    def constant(self) -> torch.Tensor | None:
+        """The offset of a fixed-point sum, with what the zero points of its terms contribute."""
+        constant = None if self.offset is None else self.offset.to(torch.int64)
+        for term in self.terms:
+            for added in (-term.zero if term.zero else None, term.start):
+                if added is not None:
+                    moved = added * term.multiplier.to(torch.int64)
+                    constant = moved if constant is None else constant + moved
+        return constant
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def rows(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        """Codes of contiguous `a` `[rows, columns]`; factors lie along the columns; `b` may have one row or column."""
+        return self._bounded(self._rows, a, b, trace)
+
+    def fill(self, a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
+        """As `rows`, into `out`; for the parts of a larger result."""
+        if self.compiles:
+            self.loop(a.shape[1], False)(a.numpy(), None if b is None else b.numpy(), out.numpy())
+        else:
+            out.copy_(self._any(a, b, False))
+
+    def flat(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        """Codes of contiguous `a` `[n]` (and `b` `[n]`) with one factor for all."""
+        size = a.numel()
+        if not self.compiles or size <= _COLUMNS:
+            return self.rows(a.reshape(1, -1), None if b is None else b.reshape(1, -1), trace).reshape(-1)
+        return self._bounded(self._flat, a, b, trace)
+
+    def any(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        """Codes of `a` and `b` of any shapes that broadcast with the factors."""
+        return self._bounded(self._any, a, b, trace)
+
+    def _bounded(
+        self, compute: Any, a: torch.Tensor, b: torch.Tensor | None, trace: KernelTrace | None
+    ) -> torch.Tensor:
+        if trace is None:
+            result: torch.Tensor = compute(a, b, False)
+            return result
+        wide: torch.Tensor = compute(a, b, True)
+        bounded = wide.clamp(self.low, self.high)
+        trace.saturated += int(torch.count_nonzero(wide != bounded))
+        return bounded.to(self.qtype.storage)
+
+    def limits(self, wide: bool) -> tuple[int, int, torch.dtype]:
+        """Bounds of rounded values before the zero point is added, and the dtype that holds them after.
+
+        Args:
+            wide: with one code more on the sides that no activation bounds, to see what did not fit.
+        """
+        low, high = self.low - self.zero, self.high - self.zero
+        if not wide:
+            return low, high, self.qtype.storage
+        below, above = int(self.low == self.qtype.qmin), int(self.high == self.qtype.qmax)
+        return low - below, high + above, torch.int16 if self.qtype.bits <= 8 else torch.int32
+
+    def loop(self, columns: int, wide: bool) -> Loop:
+        """The compiled loop for so many columns, with its constants."""
+        found = self.loops.get((columns, wide))
+        if found is None:
+            found = self.loops[columns, wide] = bound_loop(self, columns, wide)
+        return found
+
+    def _rows(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
+        if self.compiles:
+            out = torch.empty(a.shape, dtype=self.limits(wide)[2])
+            self.loop(a.shape[1], wide)(a.numpy(), None if b is None else b.numpy(), out.numpy())
+            return out
+        if a.numel() <= _CHUNK or a.shape[0] == 1:
+            return self._any(a, b, wide)
+        out = torch.empty(a.shape, dtype=self.limits(wide)[2], device=a.device)
+        height = max(_CHUNK // a.shape[1], 1)
+        for first in range(0, a.shape[0], height):
+            part = slice(first, first + height)
+            other = b if b is None or b.shape[0] == 1 else b[part]
+            out[part] = self._any(a[part], other, wide)
+        return out
+
+    def _flat(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
+        """Blocks of columns, and a rest."""
+        size, out = a.numel(), torch.empty(a.shape, dtype=self.limits(wide)[2])
+        head = size - size % _COLUMNS
+        for part, width in ((slice(0, head), _COLUMNS), (slice(head, size), size - head)):
+            if width:
+                first, second = (None if t is None else t[part].view(-1, width).numpy() for t in (a, b))
+                self.loop(width, wide)(first, second, out[part].view(-1, width).numpy())
+        return out
+
+    # --- torch operators --------------------------------------------------------------------------------------------
+
+    def _any(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
+        if self.factors is not None:
+            assert b is not None
+            return self._finished(self._product(a, b), *self.limits(wide))
+        return self._finished([a] if b is None else [a, b], *self.limits(wide))
+
+    def _product(self, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+        assert self.factors is not None
+        x, y = self.factors
+        # float64 holds products of 17 bits each; where more is needed the way is `int`.
+        wide = torch.float64 if self.way == "f64" else torch.int64
+        left = a.to(wide) - x.zero if x.zero else a.to(wide)
+        right = b.to(wide) - y.zero if y.zero else b.to(wide)
+        return [left * right]
+
+    def _finished(self, values: list[torch.Tensor], low: int, high: int, storage: torch.dtype) -> torch.Tensor:
+        if self.way == "int":
+            return self._in_integers(values, low, high, storage)
+        if self.engine is not None:
+            term = self.terms[0]
+            held = _started(values[0].to(torch.int64), term)
+            scaled = self.engine.apply(held, Factor(term.multiplier, self.shift), self.zero, self.real_bias)
+            return _stored(scaled - self.zero, low, high, self.zero, storage)
+        kind = torch.float32 if self.way == "f32" else torch.float64
+        factors = self._float_factors(values[0].device)
+        total: torch.Tensor | None = None
+        for value, term, factor in zip(values, self.terms, factors, strict=False):
+            if term.zero or term.start is not None:
+                # Exact in float64: codes and sums have 32 bits at most.
+                value = _started(value.to(torch.float64), term).to(kind)
+            # Float values are sums of our own and may be overwritten.
+            scaled = value.mul_(factor) if value.dtype is kind else value.to(kind) * factor
+            total = scaled if total is None else total + scaled
+        assert total is not None
+        if self.offset is not None:
+            total = total + factors[-1]
+        rounded = (
+            torch.round_(total) if self.rule.rounding is Rounding.HALF_EVEN else round_float(total, self.rule.rounding)
+        )
+        return _stored(rounded, low, high, self.zero, storage)
+
+    def _float_factors(self, device: torch.device) -> list[torch.Tensor]:
+        """Multipliers and offset as floats; exact, because the shift only moves the exponent."""
+        found = self.float_factors.get(device)
+        if found is None:
+            found = self.float_factors[device] = self._as_floats(device)
+        return found
+
+    def _as_floats(self, device: torch.device) -> list[torch.Tensor]:
+        if self.rule.form is ScaleForm.FLOAT:
+            factors = [term.multiplier.to(torch.float32) for term in self.terms]
+            return factors if self.offset is None else [*factors, self.offset.to(torch.float32)]
+        assert self.shift is not None
+        power = torch.ldexp(torch.ones((), dtype=torch.float64, device=device), -self.shift.to(torch.float64))
+        factors = [term.multiplier.to(torch.float64) * power for term in self.terms]
+        return factors if self.offset is None else [*factors, self.offset.to(torch.float64) * power]
+
+    def _in_integers(self, values: list[torch.Tensor], low: int, high: int, storage: torch.dtype) -> torch.Tensor:
+        wide = [_started(v.to(torch.int64), term) for v, term in zip(values, self.terms, strict=False)]
+        if self.is_sum:
+            scaled = self.rule.apply_sum(wide, [term.multiplier for term in self.terms], self.shift, self.offset)
+        else:
+            scaled = self.rule.apply(wide[0], Factor(self.terms[0].multiplier, self.shift))
+        return _stored(scaled, low, high, self.zero, storage)
+
+
+def general_form(
+    rule: EngineRule, term: Term, shift: torch.Tensor | None, zero: int
+) -> tuple[RequantizeRule, torch.Tensor | None] | None:
+    """A general rule and its shift that compute what an engine's word does for every sum within the bound."""
+    if shift is None:
+        plain = rule.name == "fbgemm" or (rule.name == "mlas_mul" and zero == 0)
+        # Within 32 bits their conversion to integers is exact.
+        small = plain and term.bound * float(term.multiplier.abs().max()) < _INT32
+        return (_FLOAT, None) if small else None
+    if rule.name == "gemmlowp" and bool((shift <= 0).all()):
+        # 2**31 is divided out with ties upwards, 2**-shift with ties away from zero.
+        return _TWO, _HIGH_BITS - shift
+    if rule.name == "tflite_int64" and bool((shift <= 15).all()) and bool((shift >= -47).all()):
+        reach = term.bound * term.multiplier.abs().double() * torch.ldexp(torch.ones(()).double(), shift - 15.0)
+        if float(reach.max()) < _INT32 - 1:  # and so nothing wraps
+            return _UP, 15 - shift
+    return None
+
+
+def _started(values: torch.Tensor, term: Term) -> torch.Tensor:
+    values = values - term.zero if term.zero else values
+    return values if term.start is None else values + term.start
+
+
+def _stored(values: torch.Tensor, low: int, high: int, zero: int, storage: torch.dtype) -> torch.Tensor:
+    bounded = values.clamp_(low, high)
+    return (bounded.add_(zero) if zero else bounded).to(storage)

@@ -1,0 +1,24 @@
+"""Whether compiled loops are there: the optional extra `fast`.
+
+`QGRAPH_NUMBA=0` in the environment says that they are not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from typing import Any
+
+
+@lru_cache(maxsize=1)
+def loops() -> Any:
+    """The module of compiled loops, None without numba; imported when first asked for, because numba is large."""
+    if os.environ.get("QGRAPH_NUMBA") == "0":
+        return None
+    try:
+        return importlib.import_module("qgraph.simulator.fast.compiled")
+    except ModuleNotFoundError as missing:
+        if missing.name != "numba":
+            raise
+        return None

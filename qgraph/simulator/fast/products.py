@@ -1,0 +1,333 @@
+"""Fast convolutions, linear and matrix products: exact sums, then one `Finish`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qgraph.numerics import Overflow, parse_arithmetic, parse_qtype, qint32
+from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
+from qgraph.simulator.fast.finish import Finish
+from qgraph.simulator.fast.layout import channels_last, image_of, rows_of
+from qgraph.simulator.fast.sums import (
+    TILE,
+    Matrix,
+    convolution_sums,
+    linear_sums,
+    matrices_multiply,
+    matrix_of,
+    multiplied,
+    scratch,
+)
+from qgraph.simulator.fast.term import Term
+from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
+from qgraph.simulator.trace import KernelTrace
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def prepare_conv(call: KernelCall) -> Kernel:
+    """`[N, C, *in]` with a constant weight; 2-d ones stay channels_last."""
+    x, weight, bias = _checked(*call.args[:3])
+    rank, options = weight.dim() - 2, call.options
+    if len(x.shape) != rank + 2:
+        raise NoFastForm("the input has no batch dimension")
+    if options["transposed"] or rank != 2:
+        return _any_convolution(call, x, weight)
+    if not _sees_input(x, weight, options):
+        raise NoFastForm(
+            "some of its outputs see nothing but padding, which oneDNN's channels_last kernels may not survive"
+        )
+    zero = options.get("x_zero", 0)
+    if tuple(weight.shape[2:]) == (1, 1) and options["groups"] == 1 and not any(options["padding"]):
+        matrix = matrix_of(x, weight.reshape(weight.shape[:2]), bias, zero)
+        if matrix is not None:
+            return _pointwise(call, x, weight, bias, matrix)
+    sums = convolution_sums(x, weight, bias, zero, options)
+    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias))
+
+    def part(values: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
+        total = sums(values)
+        second = None if other is None else rows_of(channels_last(other))
+        return image_of(end.rows(rows_of(total), second, trace), total.shape)
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        count = _images_at_once(values, weight.shape[0], options["stride"])
+        if count >= values.shape[0]:
+            return part(values, other, trace)
+        parts = [slice(first, first + count) for first in range(0, values.shape[0], count)]
+        done = [part(values[p], None if other is None else other[p], trace) for p in parts]
+        return torch.cat(done)
+
+    return run
+
+
+def _images_at_once(x: torch.Tensor, channels: int, stride: Sequence[int]) -> int:
+    """How many images of a batch are computed at a time, so that their sums are rescaled while they are in a cache."""
+    sums = max(channels * x.shape[2] * x.shape[3] // (stride[0] * stride[1]), 1)
+    return max(8 * TILE // sums, 1)
+
+
+def _pointwise(call: KernelCall, x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, matrix: Matrix) -> Kernel:
+    """A 1x1 convolution: a matrix product of pixels."""
+    zero, (down, across) = call.options.get("x_zero", 0), call.options["stride"]
+    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias), matrix.start)
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        picked = values if down == across == 1 else values[:, :, ::down, ::across]
+        image = channels_last(picked)
+        second = None if other is None else rows_of(channels_last(other))
+        shape = torch.Size((image.shape[0], weight.shape[0], *image.shape[2:]))
+        return image_of(end.tiled(matrix, rows_of(image), second, trace), shape)
+
+    return run
+
+
+def _sees_input(x: Operand, weight: torch.Tensor, options: dict[str, Any]) -> bool:
+    """Whether the window of every output has a tap inside the input."""
+    sizes, kernels = x.shape[2:], weight.shape[2:]
+    geometry = zip(sizes, kernels, options["stride"], options["padding"], options["dilation"], strict=True)
+    for size, kernel, stride, padding, dilation in geometry:
+        count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        starts = [position * stride - padding for position in range(count)]
+        taps = range(0, dilation * kernel, dilation)
+        if not all(any(0 <= start + tap < size for tap in taps) for start in starts):
+            return False
+    return True
+
+
+def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kernel:
+    """1-d, 3-d and transposed convolutions, carried in floats."""
+    bias = _checked(*call.args[:3])[2]
+    options, rank = call.options, weight.dim() - 2
+    zero = options.get("x_zero", 0)
+    low, high = x.low - zero, x.high - zero
+    bound = (
+        _transposed_bound(call, weight, low, high) if options["transposed"] else product_bound(weight, low, high, bias)
+    )
+    if bound >= DOUBLE:
+        raise NoFastForm("sums have more than 53 bits")
+    # float32 convolutions of other shapes and devices may be computed by transforms that round.
+    wide = torch.float32 if bound <= SINGLE and x.device.type == "cpu" and not options["transposed"] else torch.float64
+    held, addend = weight.to(wide), None if bias is None else bias.to(wide)
+    names = ("stride", "padding", "dilation")
+    stride, padding, dilation = (list(options[name]) for name in names)
+    end = _End(call, bound)
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        codes = values.to(wide)
+        if zero:
+            codes -= zero
+        if options["transposed"]:
+            more = (list(options["output_padding"]), options["groups"], dilation)
+            total = _TRANSPOSED[rank](codes, held, addend, stride, padding, *more)
+        else:
+            with torch.backends.nnpack.flags(enabled=False):
+                total = _CONVOLUTIONS[rank](codes, held, addend, stride, padding, dilation, options["groups"])
+        moved = total.movedim(1, -1).contiguous()
+        second = None if other is None else other.movedim(1, -1).reshape(-1, other.shape[1])
+        codes_out = end.rows(moved.view(-1, moved.shape[-1]), second, trace)
+        return codes_out.view(moved.shape).movedim(-1, 1)
+
+    return run
+
+
+def _transposed_bound(call: KernelCall, weight: torch.Tensor, low: int, high: int) -> int:
+    """As if every input met every weight of its output channel; `weight` is `[in, out / groups, ...]`."""
+    groups, bias = call.options["groups"], _checked(*call.args[:3])[2]
+    shape = (groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return product_bound(weight.reshape(shape).transpose(1, 2).reshape(groups * weight.shape[1], -1), low, high, bias)
+
+
+def prepare_linear(call: KernelCall) -> Kernel:
+    """`[*, in]` with a constant weight `[out, in]`."""
+    x, weight, bias = _checked(*call.args[:3])
+    zero, size = call.options.get("x_zero", 0), weight.shape[0]
+    bound = product_bound(weight, x.low - zero, x.high - zero, bias)
+    matrix = matrix_of(x, weight, bias, zero)
+    end = _End(call, bound, None if matrix is None else matrix.start)
+    sums = linear_sums(x, weight, bias, zero) if matrix is None else None
+
+    def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
+        rows = values.reshape(-1, values.shape[-1])
+        second = None if other is None else other.reshape(-1, size)
+        if matrix is not None:
+            codes = end.tiled(matrix, rows.contiguous(), second, trace)
+        else:
+            assert sums is not None
+            codes = end.rows(sums(rows), second, trace)
+        return codes.view(*values.shape[:-1], size)
+
+    return run
+
+
+def prepare_matmul(call: KernelCall) -> Kernel:
+    """Batches of `[n, k]` and `[k, m]`, both computed."""
+    x, y, multiplier, _ = call.args
+    if not isinstance(x, Operand) or not isinstance(y, Operand):
+        raise NoFastForm("an operand is a constant")
+    if len(x.shape) < 2 or len(y.shape) < 2:
+        raise NoFastForm("an operand is a vector")
+    if torch.int32 in (x.dtype, y.dtype):
+        raise NoFastForm("an operand is int32")
+    x_zero, y_zero = call.options.get("x_zero", 0), call.options.get("y_zero", 0)
+    largest_x = max(abs(x.low - x_zero), abs(x.high - x_zero))
+    largest_y = max(abs(y.low - y_zero), abs(y.high - y_zero))
+    bound = x.shape[-1] * largest_x * largest_y
+    if multiplier is not None and multiplier.numel() != 1:
+        raise NoFastForm("there is more than one multiplier")
+    end = _End(call, bound)
+    by_integers = matrices_multiply(x.device, x.shape[-1]) and y.dtype is torch.int8 and not x_zero and not y_zero
+    by_integers = by_integers and bound <= qint32.qmax
+    wide = torch.float32 if bound <= SINGLE and x.device.type == "cpu" else torch.float64
+    terms = x.shape[-1]
+
+    def run(left: torch.Tensor, right: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
+        if left.shape[-1] != terms:
+            raise RuntimeError(f"a matrix product of {left.shape[-1]} terms was prepared for {terms}")
+        if by_integers:
+            return _batched(left, right, end, trace)
+        return end.flat(torch.matmul(left.to(wide) - x_zero, right.to(wide) - y_zero), trace)
+
+    return run
+
+
+def _batched(x: torch.Tensor, y: torch.Tensor, end: _End, trace: KernelTrace | None) -> torch.Tensor:
+    """One matrix product after the other, rescaled before the next."""
+    n, m, batch = x.shape[-2], y.shape[-1], x.shape[:-2]
+    if batch != y.shape[:-2]:
+        batch = torch.broadcast_shapes(batch, y.shape[:-2])
+        x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+    left, right = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
+    result = torch.empty(*batch, n, m, dtype=end.storage)
+    sums = scratch(n * m).view(n, m)
+    for a, b, out in zip(left.unbind(0), right.unbind(0), result.view(-1, n, m).unbind(0), strict=True):
+        end.fill(multiplied(a.contiguous(), _ordered(b), sums), out, trace)
+    return result
+
+
+def _ordered(y: torch.Tensor) -> torch.Tensor:
+    """A matrix stored by rows or by columns."""
+    if y.stride(0) == 1:
+        return y.t().contiguous().t()
+    return y.contiguous()
+
+
+class _End:
+    """The end of a product: rescaling, with a residual or without, or the accumulator itself."""
+
+    def __init__(self, call: KernelCall, bound: int, start: torch.Tensor | None = None) -> None:
+        self.start = start
+        args, options = call.args, call.options
+        with_residual = call.operator != "matmul"
+        residual, multiplier = (args[3], args[4]) if with_residual else (None, args[2])
+        shift, other = (args[5], args[6]) if with_residual else (args[3], None)
+        self.options = options
+        self.finish: Finish | None = None
+        word = parse_arithmetic(options["arithmetic"])
+        self.wraps = bound > word.accumulator.qmax
+        if self.wraps:
+            if word.accumulator != qint32 or word.overflow is not Overflow.WRAP or bound >= DOUBLE:
+                raise NoFastForm(f"sums may leave the accumulator of {word.accumulator.bits} bits")
+            bound = -qint32.qmin
+        if multiplier is None:
+            self.qtype = parse_qtype(options["format"])
+            if self.qtype.bits < 32 or bound > -qint32.qmin or residual is not None or options.get("zero", 0):
+                raise NoFastForm("an accumulator is cut to a narrower format")
+            return
+        if isinstance(multiplier, Operand) or isinstance(shift, Operand) or isinstance(other, Operand):
+            raise NoFastForm("a multiplier is computed")
+        terms = [Term(multiplier, bound, 0, start)]
+        if residual is not None and other is not None:
+            if not isinstance(residual, Operand):
+                raise NoFastForm("the residual is a constant")
+            zero = options.get("residual_zero", 0)
+            terms.append(Term(other, _reach(residual, zero), zero))
+        elif residual is not None:
+            raise NoFastForm("the residual has no multiplier")
+        bias = args[2] if with_residual else None
+        real_bias = bias if bias is not None and bias.is_floating_point() else None
+        self.finish = Finish(options, terms, shift, real_bias=real_bias, accumulates=not self.wraps)
+
+    def rows(self, sums: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
+        """Codes of sums `[rows, columns]`."""
+        if self.wraps:
+            sums = _wrapped(sums, trace)
+        if self.finish is None:
+            return self._raw(sums)
+        return self.finish.rows(sums, other, trace)
+
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype of the result."""
+        return torch.int32 if self.finish is None else self.finish.qtype.storage
+
+    def fill(self, sums: torch.Tensor, out: torch.Tensor, trace: KernelTrace | None) -> None:
+        """Codes of sums `[rows, columns]` into `out`."""
+        if self.finish is None or trace is not None:
+            out.copy_(self.rows(sums, None, trace))
+        else:
+            self.finish.fill(sums, None, out)
+
+    def tiled(
+        self, matrix: Matrix, x: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None
+    ) -> torch.Tensor:
+        """Codes of the products of `x` `[rows, in]`."""
+        size = matrix.packed.shape[1]
+        out = torch.empty(x.shape[0], size, dtype=self.storage)
+        if trace is None and self.finish is not None and x.shape[0] * size <= TILE:
+            self.finish.fill(matrix.all(x), other, out)
+            return out
+        for part, sums in matrix.tiles(x):
+            second = None if other is None else other[part]
+            if self.finish is None:
+                out[part] = self._raw(sums)
+            elif trace is None:
+                self.finish.fill(sums, second, out[part])
+            else:
+                out[part] = self.finish.rows(sums, second, trace)
+        return out
+
+    def flat(self, sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
+        """Codes of sums of any shape, with one multiplier."""
+        if self.wraps:
+            sums = _wrapped(sums, trace)
+        if self.finish is None:
+            return self._raw(sums)
+        return self.finish.flat(sums.contiguous().view(-1), None, trace).view(sums.shape)
+
+    def _raw(self, sums: torch.Tensor) -> torch.Tensor:
+        """The accumulator; bounds of 32 bits are beyond what float32 can compare, but sums within it are exact."""
+        whole = sums.to(torch.int32)
+        whole = whole if self.start is None else whole.add_(self.start)
+        return whole.clamp_(self.options["low"], self.options["high"])
+
+
+def _wrapped(sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
+    """Exact sums modulo 2**32: the conversion to int32 keeps the low bits."""
+    exact = sums.to(torch.int64)
+    held = exact.to(torch.int32)
+    if trace is not None:
+        trace.overflowed += int(torch.count_nonzero(held != exact))
+    return held
+
+
+def _reach(operand: Operand, zero: int) -> int:
+    """Largest magnitude of `code - zero`."""
+    return max(abs(operand.low - zero), abs(operand.high - zero))
+
+
+def _checked(x: Any, weight: Any, bias: Any) -> tuple[Operand, torch.Tensor, torch.Tensor | None]:
+    """Input, weight, and the bias if it is an integer; a float bias is part of the rescaling."""
+    if not isinstance(x, Operand) or not isinstance(weight, torch.Tensor) or isinstance(bias, Operand):
+        raise NoFastForm("the weight is computed, or the input is a constant")
+    if torch.int32 in (x.dtype, weight.dtype):
+        raise NoFastForm("an operand is int32")
+    return x, weight, None if bias is not None and bias.is_floating_point() else bias
+
+
+KERNELS = {"conv": prepare_conv, "linear": prepare_linear, "matmul": prepare_matmul}

@@ -1,0 +1,24 @@
+"""A term of a rescaled sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a sum.
+
+    Args:
+        multiplier: its factor, broadcastable to the result.
+        bound: bound of the magnitude of `value - zero + start`.
+        zero: zero point of its codes.
+        start: int32, what is added to its values before all else, as a bias; `[]` or broadcastable.
+    """
+
+    multiplier: torch.Tensor
+    bound: int
+    zero: int = 0
+    start: torch.Tensor | None = None
