@@ -102,7 +102,7 @@ class Program:
     def model(self) -> nn.Module:
         """The module, in eval mode."""
         scope: dict[str, Any] = dict(NAMES)
-        exec(compile(self.source(), FILE, "exec"), scope)  # noqa: S102 - the text was made above
+        exec(compile(self.source(), FILE, "exec"), scope)
         model: nn.Module = scope["Model"]().eval()
         return model
 
@@ -124,6 +124,6 @@ def evaluate(step: Step, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     text = step.module_text(shape)
     with torch.no_grad():
         if text is not None:
-            setattr(holder, step.name, eval(text, dict(NAMES)))  # noqa: S307
-        result: torch.Tensor = eval(step.call_text(shape), {**NAMES, **values, "self": holder})  # noqa: S307
+            setattr(holder, step.name, eval(text, dict(NAMES)))
+        result: torch.Tensor = eval(step.call_text(shape), {**NAMES, **values, "self": holder})
     return result

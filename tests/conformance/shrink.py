@@ -17,7 +17,7 @@ from qgraph.errors import QGraphError
 from qgraph.ir.node_info import info
 from qgraph.simulator import Simulator
 from tests.conformance.build import Built, Case, build
-from tests.conformance.compare import Comparison, Mismatch
+from tests.conformance.compare import REFERENCE, Comparison, Mismatch
 from tests.conformance.program import Program, Step
 from tests.conformance.values import Values
 
@@ -155,7 +155,7 @@ class Known:
 
     def __init__(self, failure: Failure) -> None:
         built = failure.built
-        self.codes = Simulator(built.integer).run(*built.inputs, record=True).values
+        self.codes = Simulator(built.integer, kernels=REFERENCE).run(*built.inputs, record=True).values
         self.formats = failure.case.formats
         self.qparams = {info(node).site: info(node).qparams for node in built.integer.graph.nodes}
         nodes = [node for node in built.integer.graph.nodes if info(node).site in self.codes]

@@ -51,7 +51,7 @@ def check_runs(text: str) -> None:
     """The printed reproducer computes what it says came out, which is not what it says was expected."""
     scope: dict[str, object] = {}
     with redirect_stdout(io.StringIO()):
-        exec(text, scope)  # noqa: S102 - it was just printed
+        exec(text, scope)
     got, expected = scope["got"], scope["expected"]
     computed = scope["run"].values[scope["site"]]  # type: ignore[attr-defined]
     assert computed.tolist() == got.tolist()  # type: ignore[attr-defined]

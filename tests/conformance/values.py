@@ -284,10 +284,11 @@ def fused_nodes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Fused]]:
     seen: set[Fused] = set()
     for node in gm.graph.nodes:
         module = module_of(node) if node.op == "call_module" else None
-        if info(node).op in FUSABLE and isinstance(module, Fused) and module not in seen:
-            if isinstance(module.weight_fake_quant, WeightFakeQuantize):
-                seen.add(module)
-                yield node, module
+        if info(node).op not in FUSABLE or not isinstance(module, Fused) or module in seen:
+            continue
+        if isinstance(module.weight_fake_quant, WeightFakeQuantize):
+            seen.add(module)
+            yield node, module
 
 
 def _stub_sites(node: fx.Node) -> list[FakeQuantize]:
