@@ -32,7 +32,7 @@ def zero_before_rounding(kernel: Kernel) -> Kernel:
     """A float rescaling of a product that adds the zero point before it rounds."""
 
     def wrong(*args: Any, low: int, high: int, format: str, zero: int = 0, **options: Any) -> torch.Tensor:
-        x, weight, bias, _, multiplier, *rest = args
+        x, weight, bias, _, multiplier, *_ = args
         options.pop("trace", None)
         sums = kernel(
             x, weight, bias, None, None, None, None, low=qint32.qmin, high=qint32.qmax, format="int32", **options

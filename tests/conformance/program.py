@@ -27,7 +27,8 @@ class Step:
 
     Args:
         name: its value's name, and its module's.
-        module: text that makes its module, with fields from `options` and `{c}`, `{k}`: the operand's second and last size.
+        module: text that makes its module, with fields from `options`, and `{c}` and `{k}`, the operand's second and
+            last size.
         call: text of the call, with `{0}`, `{1}`, ... for operands and the same fields; `{name}` is the step's name.
         inputs: names of its operands.
         options: numbers the texts name; a shrinker makes them smaller.
