@@ -14,7 +14,8 @@ import sys
 from tqdm import tqdm
 
 from qgraph.errors import UserError
-from tests.conformance.compare import engine_of, kernel_sets
+from tests.conformance.build import Case
+from tests.conformance.compare import Mismatch, engine_of, kernel_sets
 from tests.conformance.session import Session, Summary
 from tests.conformance.shrink import reproducer, shrink
 
@@ -29,12 +30,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     summary = _run(session, options)
     print(summary)
-    for case, mismatch in summary.failures[: options.show]:
+    for case, mismatch in _distinct(summary)[: options.show]:
         print(f"\n{mismatch}\n{case.program.source()}\nshrinking ...\n")
         print(reproducer(shrink(case, session.compare, tries=options.tries)))
     if summary.failures:
         return 1
     return 0 if summary.cases else 2
+
+
+def _distinct(summary: Summary) -> list[tuple[Case, Mismatch]]:
+    """The first failure of each kind: who differs, and in which call."""
+    first: dict[tuple[str, ...], tuple[Case, Mismatch]] = {}
+    for case, mismatch in summary.failures:
+        what = mismatch.what if mismatch.what.startswith("outcome") else ""
+        steps = [step.op for step in case.program.steps if step.name == mismatch.site]
+        kind = (mismatch.who, *steps, mismatch.site.rstrip("0123456789"), what.split("got")[0])
+        first.setdefault(kind, (case, mismatch))
+    return list(first.values())
 
 
 def _parser() -> argparse.ArgumentParser:

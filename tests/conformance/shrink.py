@@ -15,7 +15,7 @@ import torch
 
 from qgraph.errors import QGraphError
 from qgraph.ir.node_info import info
-from qgraph.simulator import Simulator
+from qgraph.simulator import KERNEL_SETS, Simulator
 from tests.conformance.build import Built, Case, build
 from tests.conformance.compare import REFERENCE, Comparison, Mismatch
 from tests.conformance.program import Program, Step
@@ -64,7 +64,7 @@ def _phase(phase: Phase, best: Failure, run: Compare, left: int) -> tuple[Failur
         again = False
         for candidate in phase(best):
             left -= 1
-            found = attempt(candidate, run)
+            found = attempt(candidate, run, (best.mismatch.who, best.mismatch.against))
             if found is not None:
                 best, changed, again = found, True, True
                 break
@@ -73,15 +73,15 @@ def _phase(phase: Phase, best: Failure, run: Compare, left: int) -> tuple[Failur
     return best, left, changed
 
 
-def attempt(case: Case, run: Compare) -> Failure | None:
-    """Whether a case fails; a case that cannot be built does not."""
+def attempt(case: Case, run: Compare, who: tuple[str, str] | None = None) -> Failure | None:
+    """Whether a case fails, between the two of `who` if given; a case that cannot be built does not."""
     try:
         case = replace(case, values=fitting(case))
         built = build(case)
         found = run(built)
     except (QGraphError, RuntimeError, ValueError, IndexError, KeyError, NotImplementedError):
         return None
-    return Failure(built, found.mismatches[0]) if found.mismatches else None
+    return next((Failure(built, m) for m in found.mismatches if who in (None, (m.who, m.against))), None)
 
 
 def fitting(case: Case) -> Values:
@@ -374,7 +374,7 @@ def reproducer(failure: Failure) -> str:
 
 
 def _kernels(mismatch: Mismatch) -> str:
-    return mismatch.who
+    return mismatch.who if mismatch.who in KERNEL_SETS else REFERENCE
 
 
 def _live(failure: Failure) -> set[str]:
