@@ -14,7 +14,7 @@ from tests.conformance.shrink import Failure, reproducer, shrink
 CASES = 400
 
 
-QUICK = ("ties upwards in sums", "a zero point added before rounding", "padding with 0")
+QUICK = ("ties upwards in sums", "padding with 0")
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_wrong_kernel_is_found_and_shrunk(name: str) -> None:
         assert summary.failures, f"{summary.cases} cases did not find {name}"
         case, mismatch = summary.failures[0]
         assert (mismatch.who, mismatch.against) == ("wrong", "reference")
-        smallest = shrink(case, session.compare, tries=120)
+        smallest = shrink(case, session.compare, tries=250)
         check_small(smallest, "long sum" in name)
         check_runs(reproducer(smallest))
 
