@@ -33,6 +33,8 @@ from qgraph.numerics import (
     QuantizeRule,
     RequantizeRule,
     Rule,
+    ScalarFunction,
+    build_table,
 )
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
@@ -119,6 +121,20 @@ class LoweringContext:
     def bounds(self, result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
         """As `bounds`, with the target's way to quantize."""
         return bounds(result, low, high, self.target.quantize_rule)
+
+    def table(
+        self, function: ScalarFunction, source: QParams, result: QParams, entries: int | None = None
+    ) -> torch.Tensor:
+        """A table of a function of one value, its entries made as the target makes them."""
+        functions = self.target.functions
+        return build_table(
+            function,
+            source,
+            result,
+            entries=entries,
+            rule=functions.quantize or self.target.quantize_rule,
+            dtype=functions.values,
+        )
 
     def rescale(self, like: fx.Node, real: torch.Tensor, step: str) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
         """Nodes for one real factor (float64) under the target's arithmetic of `step`."""

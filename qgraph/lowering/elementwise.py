@@ -30,6 +30,7 @@ from qgraph.lowering.base import (
     register_lowering,
     sum_rule,
 )
+from qgraph.lowering.functions import table_call, table_of_call
 from qgraph.numerics import EngineSum, QParams, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
@@ -52,6 +53,8 @@ class SumLowering(Lowering):
 
     def _engine_supports(self, node: fx.Node, operands: list[Any], rule: EngineSum, target: Target) -> Verdict:
         if not all(isinstance(operand, fx.Node) for operand in operands):
+            if target.functions.rescale:
+                return _number_or_node(node, operands)
             return no(f"{target.name} adds no numbers to codes", node)
         if bind(node).option("alpha") != 1:
             return no(f"{target.name} scales no operand of a sum", node)
@@ -64,6 +67,8 @@ class SumLowering(Lowering):
         sign = -float(bound.option("alpha")) if info(node).op is SUB else float(bound.option("alpha"))
         operands, signs = [bound.operand("input"), bound.operand("other")], [1.0, sign]
         if not all(isinstance(operand, fx.Node) for operand in operands):
+            if ctx.target.functions.rescale:
+                return table_of_call(node, ctx)
             number = next(i for i, operand in enumerate(operands) if not isinstance(operand, fx.Node))
             one = torch.tensor(signs[1 - number], dtype=torch.float64)
             shift = torch.tensor(signs[number] * operands[number], dtype=torch.float64)
@@ -120,6 +125,8 @@ class ProductOfValuesLowering(Lowering):
         bound = bind(node)
         x, y = bound.operand("input"), bound.operand("other")
         if not isinstance(y, fx.Node):
+            if ctx.target.functions.rescale:
+                return table_of_call(node, ctx)
             factor = torch.tensor(float(y), dtype=torch.float64)
             factor = 1.0 / factor if info(node).op is DIV else factor
             return lower_affine(node, x, factor, None, ctx)
@@ -165,6 +172,8 @@ class ClampLowering(Lowering):
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         one = torch.tensor(1.0, dtype=torch.float64)
         low, high = _clamp_limits(node)
+        if ctx.target.functions.rescale:
+            return table_call(node, bind(node).operand("input"), lambda values: values.clamp(low, high), ctx)
         return lower_affine(node, bind(node).operand("input"), one, None, ctx, low=low, high=high)
 
 
@@ -220,6 +229,11 @@ def requantized_to(x: fx.Node, result: QParams, like: fx.Node, ctx: LoweringCont
     source = ctx.qparams(x)
     if source.same_as(result):
         return x
+    if ctx.target.functions.rescale:
+        table = ctx.tensor(like, f"{role}_table", ctx.table(lambda values: values, source, result))
+        node = ctx.integer("lookup", x, table, like=like, result=result, source=str(source.qtype))
+        ctx.edit.annotate(node, site=f"{info(like).site}.{role}", value=coded(info(x).value, result))
+        return node
     arithmetic = ctx.step(like, "rescale")
     real = ctx.target.factor("quant_stub", source.scale, result=result.scale)
     factor = encode_saturating(arithmetic.rule, real, result.qtype)

@@ -15,8 +15,7 @@ from qgraph.errors import InternalError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
 from qgraph.lowering.base import Lowering, LoweringContext, is_number, register_lowering
-from qgraph.numerics import SegmentForm, build_segments, build_steps, build_table
-from qgraph.numerics.tables import ScalarFunction
+from qgraph.numerics import ScalarFunction, SegmentForm, build_segments, build_steps
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -32,7 +31,7 @@ class TableLowering(Lowering):
         return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        return table_call(node, bind(node).operand("input"), _scalar_function(node), ctx)
+        return table_call(node, bind(node).operand("input"), _scalar_function(node, ctx.target), ctx)
 
 
 class PowLowering(Lowering):
@@ -56,8 +55,10 @@ class StepsLowering(TableLowering):
     """A function that jumps: a full table, or its thresholds and the values between them."""
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        x = bind(node).operand("input")
-        thresholds, values = build_steps(_scalar_function(node), ctx.qparams(x), ctx.qparams(node))
+        x, function = bind(node).operand("input"), _scalar_function(node, ctx.target)
+        if ctx.target.functions.rescale:
+            return table_call(node, x, function, ctx)
+        thresholds, values = build_steps(function, ctx.qparams(x), ctx.qparams(node))
         tensors = [ctx.tensor(node, role, t) for role, t in (("thresholds", thresholds), ("values", values))]
         return ctx.integer("lookup_steps", x, *tensors, like=node)
 
@@ -67,7 +68,7 @@ def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: Lowerin
     source, result = ctx.qparams(x), ctx.qparams(node)
     form = ctx.target.table_form(source.qtype)
     if not isinstance(form, SegmentForm):
-        table = ctx.tensor(node, "table", build_table(function, source, result, entries=form))
+        table = ctx.tensor(node, "table", ctx.table(function, source, result, form))
         return ctx.integer("lookup", x, table, like=node, source=str(source.qtype))
     made = build_segments(function, source, result, form)
     tensors = [ctx.tensor(node, role, getattr(made, role)) for role in ("entries", "starts", "shifts")]
@@ -79,13 +80,30 @@ def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: Lowerin
     return ctx.integer("lookup_segments", x, *tensors, like=node, **options)
 
 
-def _scalar_function(node: fx.Node) -> ScalarFunction:
-    """The function of a call with its options, on float64.
+def table_of_call(node: fx.Node, ctx: LoweringContext) -> fx.Node:
+    """A call with one computed operand and numbers as a table of what torch computes."""
+    bound = bind(node)
+    operands = [bound.operand(name) for name in bound.op.operands]
+    position = next(i for i, operand in enumerate(operands) if isinstance(operand, fx.Node))
+    target: Any = bound.op.target
+
+    def function(values: torch.Tensor) -> torch.Tensor:
+        numbers = [operand if isinstance(operand, fx.Node) else values.new_tensor(operand) for operand in operands]
+        numbers[position] = values
+        result: torch.Tensor = target(*numbers, **bound.options())
+        return result
+
+    return table_call(node, operands[position], function, ctx)
+
+
+def _scalar_function(node: fx.Node, target: Target) -> ScalarFunction:
+    """The function of a call with its options: the target's own, or the op table's.
 
     Raises:
         InternalError: the op table gives none.
     """
-    function, options = info(node).op.scalar_function, bind(node).options()
+    op, options = info(node).op, bind(node).options()
+    function = target.functions.own.get(op.name, op.scalar_function)
     if function is None:
         raise InternalError("a table has no function", where=where(node))
     return lambda values: function(values, **options)

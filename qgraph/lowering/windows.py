@@ -62,6 +62,13 @@ class MaxPoolLowering(Lowering):
 class AvgPoolLowering(Lowering):
     """Average pooling; the number of elements counted may differ at the edges."""
 
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound, rank = bind(node), _rank(node)
+        kernel = spatial(bound.option("kernel_size"), rank)
+        padded = any(spatial(bound.option("padding"), rank)) or bound.values.get("divisor_override")
+        whole = list(shape_of(bound.operand("input"))[-rank:]) == kernel and not padded
+        return yes() if whole else _needs_global(node, target)
+
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound, rank = bind(node), _rank(node)
         x = bound.operand("input")
@@ -89,6 +96,9 @@ class AvgPoolLowering(Lowering):
 class AdaptiveAvgPoolLowering(Lowering):
     """Adaptive average pooling: windows of up to two lengths per dimension."""
 
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        return yes() if set(shape_of(node)[-_rank(node) :]) == {1} else _needs_global(node, target)
+
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         return self.over(node, _rank(node), ctx)
 
@@ -114,7 +124,8 @@ class ReduceLowering(Lowering):
             return no(f"it computes in {bound.option('dtype')}", node)
         if info(node).op is MEAN and 0 in dims and batch_is_free(node):
             return no("it averages over the batch, whose size is free", node)
-        return yes()
+        rank = len(shape_of(bound.operand("input")))
+        return yes() if rank > 2 and dims == list(range(2, rank)) else _needs_global(node, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         x, dims = bind(node).operand("input"), _dims(node)
@@ -162,6 +173,14 @@ class InterpolateLowering(Lowering):
             shape = [*shape_of(x)[:2], *shape_of(node)[2 : 3 + axis], *shape_of(x)[3 + axis :]]
             ctx.moved(current, node, ctx.qparams(x), tuple(shape))
         return current
+
+
+def _needs_global(node: fx.Node, target: Target) -> Verdict:
+    """For an average of something else than all positions of each channel."""
+    rule = target.rule(info(node).op.name)
+    if rule is not None and rule.global_only:
+        return no(f"{target.name} averages over all positions of a channel only", node)
+    return yes()
 
 
 def _averaged(

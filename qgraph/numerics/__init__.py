@@ -43,7 +43,7 @@ from qgraph.numerics.requantize import (
 )
 from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_shift_right
 from qgraph.numerics.segment_tables import SegmentForm, SegmentTable, build_segments, lookup_segments
-from qgraph.numerics.tables import build_steps, build_table, check_intervals, lookup
+from qgraph.numerics.tables import ScalarFunction, build_steps, build_table, check_intervals, lookup
 
 __all__ = [
     "RECIPROCAL",
@@ -63,6 +63,7 @@ __all__ = [
     "RequantizeRule",
     "Rounding",
     "Rule",
+    "ScalarFunction",
     "ScaleForm",
     "Scheme",
     "SegmentForm",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
+
+import torch
 
 from qgraph.errors import QGraphError, TargetError, did_you_mean
 from qgraph.ir.op_table import OPS
@@ -20,7 +23,7 @@ from qgraph.numerics import (
     parse_qtype,
     parse_quantize_rule,
 )
-from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, Target
+from qgraph.targets.target import FACTORS, Functions, LegalFormats, Memory, OpRule, Target
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,6 +63,7 @@ def parse_target(text: str, *, origin: str) -> Target:
         quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
         factors=_factors(arithmetic, ops),
         tables={name: _table_form(tables, name) for name in tables.data},
+        functions=_functions(table.table("functions"), ops) if "functions" in table.data else Functions(),
         weight_bits=int(sampling.number("weight_bits", whole=True)),
         arithmetic=_steps(arithmetic, ops),
         ops=ops,
@@ -77,6 +81,7 @@ KEYS = (
     "weights",
     "fusion",
     "tables",
+    "functions",
     "sampling",
     "arithmetic",
     "ops",
@@ -238,6 +243,42 @@ def _segments(table: _Table, qtype: QType) -> SegmentForm:
     return table.understood(form)
 
 
+def _functions(table: _Table, ops: Collection[str]) -> Functions:
+    """How function tables are made."""
+    table.allow({"values", "quantize", "rescale", "module"})
+    precisions = {"float32": torch.float32, "float64": torch.float64}
+    if table.text("values") not in precisions:
+        raise table.wrong("values", " or ".join(precisions))
+    return Functions(
+        values=precisions[table.text("values")],
+        quantize=table.understood(lambda: parse_quantize_rule(table.text("quantize"))),
+        rescale=table.flag("rescale"),
+        own=_own_functions(table, ops) if "module" in table.data else {},
+    )
+
+
+def _own_functions(table: _Table, ops: Collection[str]) -> Mapping[str, Callable[..., torch.Tensor]]:
+    """`FUNCTIONS` of the Python module the file names."""
+    name = table.text("module")
+    try:
+        own = importlib.import_module(name).FUNCTIONS
+    except (ImportError, AttributeError) as error:
+        raise TargetError(
+            f"the functions of {name!r} cannot be read",
+            where=table.origin,
+            why=f"{type(error).__name__}: {error}",
+            fix="name an importable module with a dictionary FUNCTIONS from operator names to functions",
+        ) from error
+    for op in own:
+        if op not in ops:
+            raise TargetError(
+                f"{name} has a function for {op!r}, which the target does not run",
+                where=table.origin,
+                fix=did_you_mean(op, ops),
+            )
+    return dict(own)
+
+
 def _units(table: _Table) -> dict[str, dict[str, float]]:
     return {unit: _rates(table.table(unit)) for unit in table.data}
 
@@ -252,11 +293,12 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal"})
+        entry.allow({"names", "unit", "legal", "global_only"})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
-        rule = OpRule(unit, tuple(_legal(line, entry) for line in entry.texts("legal")))
+        legal = tuple(_legal(line, entry) for line in entry.texts("legal"))
+        rule = OpRule(unit, legal, "global_only" in entry.data and entry.flag("global_only"))
         for name in entry.texts("names"):
             if name in ops:
                 raise TargetError(f"operator {name!r} is described twice", where=entry.origin)

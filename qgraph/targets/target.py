@@ -7,7 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -44,15 +44,34 @@ class OpRule:
     Args:
         unit: the part of the device that runs it.
         legal: legal combinations of formats.
+        global_only: an average runs only over all of a channel's positions, with one result each.
     """
 
     unit: str
     legal: tuple[LegalFormats, ...]
+    global_only: bool = False
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""
         given = tuple(operands)
         return any(line.accepts(given, result) for line in self.legal)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """How entries of function tables are made.
+
+    Args:
+        values: precision in which a function sees its input and computes.
+        quantize: how its values become codes; None for the target's general rule.
+        rescale: whether a change of scale, and any other function of one value and numbers, is a table too.
+        own: functions of the engine itself by operator, called as the operator's `scalar_function` is.
+    """
+
+    values: torch.dtype = torch.float64
+    quantize: QuantizeRule | None = None
+    rescale: bool = False
+    own: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ class Target:
         factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
         tables: form of a function table by input format: None for one entry per code, a number of even intervals, or
             segments.
+        functions: how entries of function tables are made.
         weight_bits: fractional bits of bilinear interpolation weights.
         arithmetic: named steps and how they accumulate and rescale; `op.step` for a step of one operator.
         ops: operator name to its rule.
@@ -110,6 +130,7 @@ class Target:
     units: Mapping[str, Mapping[str, float]]
     memories: Mapping[str, Memory]
     clock_hz: float
+    functions: Functions = Functions()
     origin: str = field(default="", compare=False)
 
     @property

@@ -282,3 +282,55 @@ def test_bpu_defines_every_step() -> None:
     assert BPU.arithmetic.keys() == {"product", "sum", "sample"}
     text = resources.files("qgraph.targets").joinpath("bpu.toml").read_text(encoding="utf-8")
     assert parse_target(text, origin="x") == BPU
+
+
+FUNCTIONS = """
+[functions]
+values = "float32"
+quantize = "reciprocal:half_up"
+rescale = true
+module = "qgraph.targets.mlas"
+
+[arithmetic]
+"""
+TABLE_OPS = """
+[[ops]]
+names = [
+    "sigmoid", "silu", "tanh", "exp", "gelu", "hardsigmoid", "hardswish", "leaky_relu", "rsqrt", "sqrt", "erf",
+]
+unit = "vector"
+legal = ["int8 -> int8"]
+
+[units.tensor]
+"""
+
+
+def with_functions(old: str = "", new: str = "") -> Target:
+    text = SMALL.replace("\n[arithmetic]\n", FUNCTIONS, 1).replace("\n[units.tensor]\n", TABLE_OPS, 1)
+    assert old in text
+    return parse_target(text.replace(old, new, 1), origin="small.toml")
+
+
+def test_how_function_tables_are_made() -> None:
+    plain, given = small().functions, with_functions().functions
+    assert (plain.values, plain.quantize, plain.rescale, plain.own) == (torch.float64, None, False, {})
+    assert (given.values, str(given.quantize), given.rescale) == (torch.float32, "reciprocal:half_up", True)
+    assert {"sigmoid", "gelu", "rsqrt"} <= given.own.keys()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ('values = "float32"', 'values = "float16"', ["values is 'float16'", "float32 or float64"]),
+        ('"reciprocal:half_up"', '"multiply:half_up"', ["'multiply:half_up' is no way to quantize"]),
+        ("rescale = true", "rescale = 1", ["rescale is 1", "true or false"]),
+        ('module = "qgraph.targets.mlas"', 'modul = "x"', ["unknown key 'modul'", "'module'"]),
+        ("qgraph.targets.mlas", "qgraph.targets.missing", ["ModuleNotFoundError", "importable module"]),
+        ("qgraph.targets.mlas", "qgraph.targets.find", ["AttributeError", "FUNCTIONS"]),
+        ('"silu", ', "", ["a function for 'silu', which the target does not run"]),
+    ],
+)
+def test_mistakes_about_function_tables(old: str, new: str, parts: list[str]) -> None:
+    with pytest.raises(TargetError) as caught:
+        with_functions(old, new)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
