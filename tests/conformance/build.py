@@ -50,7 +50,10 @@ class Formats:
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the formats of its sites, and their values as far as they are given; the rest is drawn from `seed`."""
+    """A network, the formats of its sites, and their values as far as they are given; the rest is drawn from `seed`.
+
+    `overflow` lets biases reach the ends of the accumulator.
+    """
 
     target: Target
     program: Program
@@ -58,7 +61,7 @@ class Case:
     default: tuple[str, str]
     values: Values
     seed: str
-    batch: int | None = None
+    overflow: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def build(case: Case, prepared: fx.GraphModule | None = None) -> Built:
     if prepared is None:
         formats = Formats([case.default[0]], [case.default[1]], dict(case.formats))
         prepared = prepare_program(case.program, case.target, formats)
-    drawing = Drawing(prepared, Chance(case.seed), copy.deepcopy(case.values))
+    drawing = Drawing(prepared, Chance(case.seed), copy.deepcopy(case.values), case.overflow)
     whole = replace(case, values=drawing.run())
     return Built(whole, prepared, convert(prepared, checks=CheckLevel.NONE))
 

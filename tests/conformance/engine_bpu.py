@@ -16,6 +16,7 @@ from tests.oracle.arithmetic import Counts
 from tests.oracle.operators import call
 
 STAGE = Stage.INTEGER
+OVERFLOW = True
 SUPPORTED: frozenset[str] | None = None
 STORAGE = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 

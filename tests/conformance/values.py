@@ -103,6 +103,7 @@ class Drawing:
     gm: fx.GraphModule
     chance: Chance
     given: Values
+    overflow: bool = True
 
     def __post_init__(self) -> None:
         self.kind = self.chance.choice(SCALE_KINDS)
@@ -240,7 +241,7 @@ class Drawing:
 
     def _bias_steps(self, shape: tuple[int, ...]) -> torch.Tensor:
         """float64 biases in steps of the accumulator; halves are ties, and the largest reach its ends."""
-        kind = self.chance.choice(["small", "ties", "ties", "any", "huge", "ends"])
+        kind = self.chance.choice(["small", "ties", "ties", "any", "huge", "ends" if self.overflow else "huge"])
         if kind == "ends":
             limit = 1 << 31
             return self._codes(shape, "ends", -limit + 2000, limit - 2000, 0).double()
