@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 import torch
 
@@ -130,10 +129,3 @@ class _Drawing:
     def _forget(self, names: Iterable[str]) -> None:
         for name in names:
             del self.inputs[name], self.values[name]
-
-
-def smaller_batch(program: Program, batch: int) -> Program:
-    """The program with another first size of every input that shares the first input's."""
-    own = next(iter(program.inputs.values()))[0]
-    inputs = {n: (batch, *s[1:]) if s[0] == own else s for n, s in program.inputs.items()}
-    return replace(program, inputs=inputs)
