@@ -128,6 +128,8 @@ def _two_byte_convolution(
 
 def _bytes_of(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Low and high bytes of contiguous int16 codes, uint8."""
+    if codes.stride(-1) != 1:  # torch calls a single channel contiguous whatever its stride
+        codes = codes.clone(memory_format=torch.contiguous_format)
     halves = codes.view(torch.uint8).view(*codes.shape, 2)
     return halves[..., 0].contiguous(), halves[..., 1].contiguous()
 
