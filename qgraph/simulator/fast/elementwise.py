@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from qgraph.numerics import (
     RECIPROCAL,
     EngineSum,
+    QType,
     RequantizeRule,
     Rounding,
     ScaleForm,
@@ -17,6 +19,9 @@ from qgraph.numerics import (
     parse_arithmetic,
     parse_qtype,
     parse_quantize_rule,
+    qint8,
+    qint16,
+    quint8,
 )
 from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, dense, memory, shaped_as
@@ -234,15 +239,32 @@ def prepare_lookup(call: KernelCall) -> Kernel:
     source = parse_qtype(call.options["source"])
     if not isinstance(table, torch.Tensor) or x.dtype is not source.storage or source.bits not in (8, 16):
         raise NoFastForm("the table is computed, or codes are stored in another width")
-    codes = torch.arange(source.qmin, source.qmax + 1)
-    entries = lookup(codes, table.cpu(), source).to(table.dtype).roll(source.qmin).to(table.device)
+    return _by_code(source, lambda codes: lookup(codes, table.cpu(), source).to(table.dtype).to(table.device))
+
+
+def prepare_expanded(call: KernelCall) -> Kernel:
+    """Segment tables and steps, computed by the reference for every code there is."""
+    x, constants = _codes(call.args[0]), call.args[1:]
+    source = next((qtype for qtype in (qint8, quint8, qint16) if qtype.storage is x.dtype), None)
+    if source is None or any(isinstance(value, Operand) for value in constants):
+        raise NoFastForm("the table is computed, or codes have more than 16 bits")
+    form = call.options.get("source")
+    if form is not None and parse_qtype(form) != source:
+        raise NoFastForm("codes are stored in another width")
+    return _by_code(
+        source, lambda codes: REFERENCE[call.operator](codes.to(source.storage), *constants, **call.options)
+    )
+
+
+def _by_code(source: QType, function: Callable[[torch.Tensor], torch.Tensor]) -> Kernel:
+    """A function of codes as a table with one entry per bit pattern."""
+    entries = function(torch.arange(source.qmin, source.qmax + 1)).roll(source.qmin)
     unsigned = torch.uint8 if source.bits == 8 else torch.uint16
-    pairs = _pairs_of(entries) if source.bits == 8 else None
+    pairs = _pairs_of(entries) if source.bits == 8 and entries.element_size() <= 4 else None
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         full = dense(x)
-        flat = memory(full)
-        return shaped_as(_looked_up(flat, unsigned, entries, pairs), full)
+        return shaped_as(_looked_up(memory(full), unsigned, entries, pairs), full)
 
     return run
 
@@ -276,4 +298,6 @@ KERNELS = {
     "quantize": prepare_quantize,
     "dequantize": prepare_dequantize,
     "lookup": prepare_lookup,
+    "lookup_segments": prepare_expanded,
+    "lookup_steps": prepare_expanded,
 }
