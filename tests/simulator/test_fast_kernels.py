@@ -97,13 +97,14 @@ def convolution(
     residual: bool = False,
     layout: torch.memory_format = torch.channels_last,
     low: int | None = None,
+    bias_bits: int = 14,
     **more: Any,
 ) -> str | None:
     stride, padding, dilation, groups = geometry
     x = codes(size, kind, dtype, low).contiguous(memory_format=layout)
     out, terms = weight.shape[0], weight[0].numel()
     multipliers, shift = factors(word, out, 0.7 / max(terms, 1) ** 0.5 / 128, 1 + residual)
-    bias = torch.randint(-(2**14), 2**14, (out,)).to(torch.int32)
+    bias = torch.randint(-(2**bias_bits), 2**bias_bits, (out,)).to(torch.int32)
     made = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, padding, dilation, groups)
     other = codes(tuple(made.shape), "random") if residual else None
     args = (x, weight, bias, other, multipliers[0], shift, multipliers[1] if residual else None)
@@ -152,13 +153,15 @@ def test_unsigned_codes(machine: str) -> None:
     assert convolution((2, 8, 6, 5), weight, geometry, EVEN24, "ends", low=0) is None, "int8 after relu"
 
 
-def test_convolutions_of_16_bits(machine: str) -> None:
-    """Both bytes apart; the accumulator must hold the sums."""
+@pytest.mark.parametrize("low", [None, 0])
+def test_convolutions_of_16_bits(low: int | None, machine: str) -> None:
+    """Both bytes apart, in one call where no code is negative; sums beyond 32 bits wrap."""
     torch.manual_seed(3)
     for kind in ("random", "ends"):
-        for groups in (1, 8):
-            weight, geometry = codes((16, 8 // groups, 3, 3), kind), ((1, 1), (1, 1), (1, 1), groups)
-            assert convolution((2, 8, 6, 5), weight, geometry, EVEN24, kind, torch.int16, format="int16") is None
+        for channels, groups, bits in ((8, 1, 14), (8, 8, 14), (8, 1, 30), (600, 1, 14)):
+            weight, geometry = codes((16, channels // groups, 3, 3), kind), ((1, 1), (1, 1), (1, 1), groups)
+            size, more = (2, channels, 6, 5), {"format": "int16", "bias_bits": bits}
+            assert convolution(size, weight, geometry, EVEN24, kind, torch.int16, low=low, **more) is None
 
 
 @pytest.mark.parametrize("terms", [1, 2, 64, 1040, 1041, 8192])

@@ -195,6 +195,22 @@ def mul_int(a, a_zero, b, b_zero, m, first, second, low, high, zero, out):
 
 
 @_compiled
+def split(codes, flip, out):
+    """Low bytes of 16-bit codes, and high bytes xor `flip`."""
+    for i in range(codes.shape[0]):
+        out[0, i] = codes[i] & 255
+        out[1, i] = ((codes[i] >> 8) & 255) ^ flip
+
+
+@_compiled
+def join(low, high, start, out):
+    """`low + 256 * high + start` of whole numbers `[rows, columns]`, in the dtype of `out`, which wraps."""
+    for i in range(low.shape[0]):
+        for j in range(low.shape[1]):
+            out[i, j] = np.int32(low[i, j]) + (np.int64(np.int32(high[i, j])) << 8) + start[j]
+
+
+@_compiled
 def look_up(codes, table, out):
     """`out[i] = table[codes[i]]`, codes read as unsigned."""
     for i in range(codes.shape[0]):
