@@ -33,7 +33,7 @@ def code_ranges(gm: fx.GraphModule) -> dict[fx.Node, Range]:
 
 def _range_of(node: fx.Node, gm: fx.GraphModule, ranges: Mapping[fx.Node, Range]) -> Range | None:
     dtype = _dtype(info(node).value)
-    if dtype is None or dtype.is_floating_point or dtype is torch.bool:
+    if dtype is None or dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
         return None
     name = integer_name(node.target)
     if name is not None and "low" in node.kwargs and "high" in node.kwargs:

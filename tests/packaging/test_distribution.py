@@ -43,14 +43,18 @@ def test_names_of_the_distribution() -> None:
 
 
 def test_every_import_is_declared() -> None:
-    """What the product imports is the standard library, itself, or a dependency; the demo's data are an extra."""
+    """What the product imports is the standard library, itself, a dependency, or an extra."""
     from tests.packaging.sources import FILES, imports
 
     declared = {re.split(r"[>=<;\[ ]", entry)[0] for entry in PROJECT["project"]["dependencies"]}
     third = {module.split(".")[0] for path in FILES for module, _ in imports(path)} - set(sys.stdlib_module_names)
     # torch hands over arrays by numpy without declaring it
-    assert third - {"qgraph", "passes", "sklearn"} == declared - {"numpy"}
-    assert any("scikit-learn" in entry for entry in PROJECT["project"]["optional-dependencies"]["demo"])
+    extras = {"demo": ("scikit-learn", "sklearn"), "fast": ("numba", "numba"), "onnx": ("onnx", "onnx")}
+    optional = {module for _, module in extras.values()}
+    assert third - {"qgraph", "passes", "numpy"} - optional == declared - {"numpy"}
+    for extra, (package, module) in extras.items():
+        if module in third:
+            assert any(package in entry for entry in PROJECT["project"]["optional-dependencies"][extra])
 
 
 def test_constraints_name_the_torch_of_development() -> None:

@@ -20,7 +20,7 @@ from qgraph.numerics import qint8, quint8
 # Kind of convolution: channels in, channels out, kernel size, groups.
 _CONVOLUTIONS = {
     "dense": (64, 32, 3, 1),
-    "pointwise": (128, 32, 1, 1),
+    "pointwise": (96, 32, 1, 1),
     "depthwise": (32, 32, 3, 32),
     "grouped": (64, 64, 3, 4),
 }
