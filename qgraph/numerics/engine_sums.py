@@ -62,6 +62,14 @@ class EngineSum(ABC):
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
         """The unsaturated sum (int64) of raw codes `x` and `y`, broadcast, the result's zero point included."""
 
+    def regular(self, x: torch.Size, y: torch.Size) -> int:
+        """How many results for operands of these shapes are computed as those of two equal, long shapes.
+
+        They come first in memory order, channels_last for four dimensions; the others are computed as those of
+        `[n, 1]` and `[1, n]`.
+        """
+        return torch.broadcast_shapes(x, y).numel()
+
     def __str__(self) -> str:
         return self.name
 
@@ -80,10 +88,17 @@ class MlasAdd(EngineSum):
         if _first_is_scalar(x.shape, y.shape):
             first, second = second, first
         (a, ratio_a, zero_a), (b, ratio_b, zero_b) = first, second
-        zero_a_real, zero_b_real = torch.full_like(ratio_a, zero_a), torch.full_like(ratio_b, zero_b)
-        fixed = zeros.result - fma32(ratio_a, zero_a_real, ratio_b * zero_b_real)
-        inner = fma32(b.to(torch.float32), ratio_b, fixed)
+        inner = fma32(b.to(torch.float32), ratio_b, self.fixed((ratio_a, ratio_b), Zeros(zero_a, zero_b, zeros.result)))
         return to_int32(torch.round(fma32(a.to(torch.float32), ratio_a, inner)))
+
+    def fixed(self, ratios: tuple[torch.Tensor, torch.Tensor], zeros: Zeros) -> torch.Tensor:
+        """What the zero points add, float32 `[]`, with the operands in the order of the formula."""
+        zero_a, zero_b = (torch.full_like(ratio, zero) for ratio, zero in zip(ratios, (zeros.x, zeros.y), strict=True))
+        return zeros.result - fma32(ratios[0], zero_a, ratios[1] * zero_b)
+
+    def regular(self, x: torch.Size, y: torch.Size) -> int:
+        """All or none: a scalar first operand changes places."""
+        return 0 if _first_is_scalar(x, y) else super().regular(x, y)
 
 
 class AtenAdd(EngineSum):
@@ -112,10 +127,13 @@ class AtenAdd(EngineSum):
         body = torch.round(steps).to(torch.int64) + zeros.result
         return torch.where(self._in_body(x), body, tail)
 
+    def regular(self, x: torch.Size, y: torch.Size) -> int:
+        """What the vector loop takes."""
+        return x.numel() // self._STEP * self._STEP if x == y else 0
+
     def _in_body(self, x: torch.Tensor) -> torch.Tensor:
         """Which elements the vector loop takes, bool of `x`'s shape."""
-        whole = x.numel() // self._STEP * self._STEP
-        inside = torch.arange(x.numel(), device=x.device) < whole
+        inside = torch.arange(x.numel(), device=x.device) < self.regular(x.shape, x.shape)
         if x.dim() != 4:
             return inside.reshape(x.shape)
         batch, channels, height, width = x.shape

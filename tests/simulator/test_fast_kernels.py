@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qgraph.numerics import parse_arithmetic, qint8, qint16, qint32
+from qgraph.numerics.engine_sums import ENGINE_SUMS
 from qgraph.simulator.fast import KERNELS
 from qgraph.simulator.fast.loops import loops
 from qgraph.simulator.fast.probe import exact_kinds
@@ -253,6 +254,29 @@ def test_broadcasting(x: tuple[int, ...], y: tuple[int, ...], machine: str) -> N
             if a.dim() == 4:
                 last = a.contiguous(memory_format=torch.channels_last)
                 assert compare("add", (last, b, *scalars), options(word, "int16")) is None
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE_SUMS))
+def test_sums_of_engines(name: str, machine: str) -> None:
+    """All pairs of codes, whole vectors and rests, broadcasting, ratios that leave 32 bits."""
+    torch.manual_seed(14)
+    rule = ENGINE_SUMS[name]
+    shapes = [((65536,), (65536,)), ((3, 5, 7), (3, 5, 7)), ((2, 6, 5, 3), (2, 6, 5, 3)), ((1,), (1,))]
+    shapes += [((2, 6, 5, 3), (6, 1, 1)), ((4, 1), (4, 9)), ((), (9,)), ((2, 3, 4, 8), (2, 3, 4, 1))]
+    for x_shape, y_shape in shapes:
+        for kinds in ((torch.uint8, torch.uint8), (torch.int8, torch.uint8)):
+            x, y = (codes(shape, "random", dtype) for shape, dtype in zip((x_shape, y_shape), kinds, strict=True))
+            if x_shape == (65536,):
+                x, y = torch.arange(65536).to(kinds[0]), (torch.arange(65536) >> 8).to(kinds[1])
+            for scales in ((0.011, 0.017, 0.02), (0.25, 0.5, 0.5), (3e8, 1.0, 2e-1)):
+                encoded = rule.encode(*(torch.tensor(scale) for scale in scales), 1.0, 8)
+                args = (x, y, encoded.x, encoded.y, encoded.shift, encoded.result)
+                zeros = {"x_zero": 3, "y_zero": -7, "zero": 5}
+                for more in (zeros, {**zeros, "relu": True}):
+                    assert compare("add", args, options(f"int32:wrap/{name}", **more)) is None
+                if x.dim() == 4:
+                    last = x.contiguous(memory_format=torch.channels_last)
+                    assert compare("add", (last, *args[1:]), options(f"int32:wrap/{name}", **zeros)) is None
 
 
 def test_offsets_along_channels(machine: str) -> None:

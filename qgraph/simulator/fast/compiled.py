@@ -195,6 +195,21 @@ def mul_int(a, a_zero, b, b_zero, m, first, second, low, high, zero, out):
 
 
 @_compiled
+def sum_fused(a, b, ratio_a, ratio_b, start, low, high, out):
+    """`rint(fma(a, ratio_a, fma(b, ratio_b, start)))` in float32."""
+    for i in range(a.shape[0]):
+        t = np.rint(_fused(np.float32(a[i]), ratio_a, _fused(np.float32(b[i]), ratio_b, start)))  # type: ignore[call-arg]
+        out[i] = np.int32(min(max(t, low), high))
+
+
+@_compiled
+def look_up_pairs(first, second, table, out):
+    """`out[i] = table[256 * first[i] + second[i]]`, bytes read as unsigned."""
+    for i in range(first.shape[0]):
+        out[i] = table[(np.int32(first[i]) << 8) + second[i]]
+
+
+@_compiled
 def split(codes, flip, out):
     """Low bytes of 16-bit codes, and high bytes xor `flip`."""
     for i in range(codes.shape[0]):

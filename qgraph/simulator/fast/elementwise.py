@@ -26,6 +26,7 @@ from qgraph.numerics import (
 from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, dense, memory, shaped_as
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.pairs import prepare_engine_sum
 from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
 from qgraph.simulator.reference import KERNELS as REFERENCE
@@ -107,9 +108,9 @@ def _flat(finish: Finish, rank: int, own: int) -> Kernel:
 
 def prepare_add(call: KernelCall) -> Kernel:
     """Two values and one shift."""
+    if isinstance(parse_arithmetic(call.options["arithmetic"]).rule, EngineSum):
+        return prepare_engine_sum(call)
     x, y, multiplier_x, multiplier_y, shift = call.args[:5]
-    if any(extra is not None for extra in call.args[5:]):
-        raise NoFastForm("an engine's own sum")
     x, y = _codes(x), _codes(y)
     _constants(multiplier_x, multiplier_y, shift)
     zeros = call.options.get("x_zero", 0), call.options.get("y_zero", 0)

@@ -110,7 +110,7 @@ def _channel_slices(
 def _two_byte_convolution(
     weight: torch.Tensor, bias: torch.Tensor | None, low: int, geometry: Geometry, groups: int
 ) -> Sums | None:
-    """int16 codes as 256 h + l: `l` is a byte with zero point 0, `h` is signed; without negative codes both are alike."""
+    """int16 codes as 256 h + l: `l` has zero point 0, `h` is signed; without negative codes both are alike."""
     lower = _byte_convolution(weight, None, 0, quint8.qmax, geometry, groups)
     upper = _byte_convolution(weight, None, qint8.qmin, qint8.qmax, geometry, groups)
     bound = product_bound(weight, qint16.qmin, qint16.qmax, bias)
