@@ -68,7 +68,7 @@ class EngineSum(ABC):
         They come first in memory order, channels_last for four dimensions; the others are computed as those of
         `[n, 1]` and `[1, n]`.
         """
-        return torch.broadcast_shapes(x, y).numel()
+        return int(torch.broadcast_shapes(x, y).numel())
 
     def __str__(self) -> str:
         return self.name
