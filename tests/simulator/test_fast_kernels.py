@@ -99,12 +99,13 @@ def convolution(
     layout: torch.memory_format = torch.channels_last,
     low: int | None = None,
     bias_bits: int = 14,
+    scale: float = 1.0,
     **more: Any,
 ) -> str | None:
     stride, padding, dilation, groups = geometry
     x = codes(size, kind, dtype, low).contiguous(memory_format=layout)
     out, terms = weight.shape[0], weight[0].numel()
-    multipliers, shift = factors(word, out, 0.7 / max(terms, 1) ** 0.5 / 128, 1 + residual)
+    multipliers, shift = factors(word, out, 0.7 * scale / max(terms, 1) ** 0.5 / 128, 1 + residual)
     bias = torch.randint(-(2**bias_bits), 2**bias_bits, (out,)).to(torch.int32)
     made = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, padding, dilation, groups)
     other = codes(tuple(made.shape), "random") if residual else None
@@ -133,8 +134,21 @@ def test_convolutions(channels: int, out: int, kernel: tuple[int, int], geometry
     weight = codes((out, channels // geometry[3], *kernel), kind if kind == "random" else "ends")
     for batch, layout in ((1, torch.channels_last), (3, torch.contiguous_format)):
         assert convolution((batch, channels, 7, 9), weight, geometry, EVEN24, kind, layout=layout) is None
+    assert convolution((2, channels, 6, 8), weight, geometry, EVEN24, kind, format="int16") is None
     if machine == "all":
         assert convolution((2, channels, 6, 8), weight, geometry, EVEN24, kind, residual=True) is None
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_sums_beyond_float32_that_saturate(word: str, machine: str) -> None:
+    """The bias brings some of them back, and factors are as small as saturation allows, or smaller."""
+    torch.manual_seed(12)
+    weight, geometry = codes((8, 480, 3, 3), "highest"), ((1, 1), (1, 1), (1, 1), 1)
+    for scale in (1.0, 1 / 4, 1 / 8, 1 / 16, 1 / 64):
+        for kind in ("random", "ends", "lowest", "highest"):
+            for more in ({}, {"relu": True, "low": 0}, {"residual": "two" not in word}):
+                size = (1, 480, 3, 4)
+                assert convolution(size, weight, geometry, word, kind, bias_bits=23, scale=scale, **more) is None
 
 
 @pytest.mark.parametrize("word", [*WORDS, *ENGINE_WORDS])

@@ -32,7 +32,13 @@ _BYTES = (torch.int8, torch.uint8)
 
 
 def convolution_sums(
-    x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int, options: dict[str, Any]
+    x: Operand,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero: int,
+    options: dict[str, Any],
+    *,
+    saturates: bool = False,
 ) -> Sums:
     """Sums of a 2-d convolution, float32, float64 or int32 `[N, C, H, W]` in channels_last.
 
@@ -41,6 +47,7 @@ def convolution_sums(
         weight: `[out, in / groups, kh, kw]`.
         bias: int32 `[out]`.
         options: stride, padding, dilation and groups, two numbers each.
+        saturates: 8-bit sums beyond 2**24 need not be exact; they have 32 bits.
     """
     low, high = x.low - zero, x.high - zero
     geometry = (list(options["stride"]), list(options["padding"]), list(options["dilation"]))
@@ -48,7 +55,7 @@ def convolution_sums(
     kind = kind_of(weight.shape[1] * groups, weight.shape[0], (weight.shape[2], weight.shape[3]), groups)
     if weight.dtype is torch.int8 and x.device.type == "cpu" and kind in exact_kinds():
         if x.dtype in _BYTES:
-            sums = _byte_convolution(weight, bias, low, high, geometry, groups)
+            sums = _byte_convolution(weight, bias, low, high, geometry, groups, saturates=saturates)
             if sums is not None:
                 return lambda values: sums(*as_unsigned(channels_last(values), x.low, zero))
         if x.dtype is torch.int16 and zero == 0:
@@ -59,10 +66,17 @@ def convolution_sums(
 
 
 def _byte_convolution(
-    weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int, geometry: Geometry, groups: int
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: int,
+    high: int,
+    geometry: Geometry,
+    groups: int,
+    *,
+    saturates: bool = False,
 ) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
     """Takes uint8 codes and their zero point."""
-    slices = _channel_slices(weight, bias, low, high, groups)
+    slices = [(0, weight.shape[1])] if saturates else _channel_slices(weight, bias, low, high, groups)
     if slices is None:
         return None
     parts: list[Convolution] = []
