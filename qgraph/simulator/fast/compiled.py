@@ -242,18 +242,34 @@ def quantize(x, scale, divides, zero, low, high, out):
 
 
 @_compiled
-def max_pool(x, kernel, stride, padding, dilation, out):
-    """Largest codes of 2-d windows; `x` and `out` are `[N, H, W, C]`, and `out` starts with the lowest code."""
+def interleave(planes, out):
+    """`[N, C, pixels]` as `[N, pixels, C]`."""
+    for n in range(planes.shape[0]):
+        for c in range(planes.shape[1]):
+            for i in range(planes.shape[2]):
+                out[n, i, c] = planes[n, c, i]
+
+
+@_compiled
+def max_pool(x, kernel, stride, padding, dilation, highest, out):
+    """Largest codes of 2-d windows, first down, then across.
+
+    `x` and `out` are `[N, H, W, C]`, and `out` starts with the lowest code; `highest` is memory for one row `[W, C]`.
+    """
     for n in range(out.shape[0]):
         for i in range(out.shape[1]):
+            highest[:] = out[n, i, 0, 0]
+            for a in range(kernel[0]):
+                row = i * stride[0] - padding[0] + a * dilation[0]
+                if 0 <= row < x.shape[1]:
+                    line, codes = highest.reshape(-1), x[n, row].reshape(-1)
+                    for k in range(line.shape[0]):
+                        line[k] = max(line[k], codes[k])
             for j in range(out.shape[2]):
-                for a in range(kernel[0]):
-                    row = i * stride[0] - padding[0] + a * dilation[0]
-                    if row < 0 or row >= x.shape[1]:
-                        continue
-                    for b in range(kernel[1]):
-                        column = j * stride[1] - padding[1] + b * dilation[1]
-                        if column < 0 or column >= x.shape[2]:
-                            continue
-                        for c in range(out.shape[3]):
-                            out[n, i, j, c] = max(out[n, i, j, c], x[n, row, column, c])
+                found = out[n, i, j]
+                for b in range(kernel[1]):
+                    column = j * stride[1] - padding[1] + b * dilation[1]
+                    if 0 <= column < x.shape[2]:
+                        codes = highest[column]
+                        for c in range(found.shape[0]):
+                            found[c] = max(found[c], codes[c])

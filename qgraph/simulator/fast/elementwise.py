@@ -205,7 +205,7 @@ def prepare_quantize(call: KernelCall) -> Kernel:
             bounds = (single(zero), single(qtype.qmin), single(qtype.qmax))
             loops().quantize(memory(full).numpy(), single(factor), rule.divides, *bounds, out.numpy())
             codes = shaped_as(out, full)
-            return channels_last(codes) if x.dim() == 4 else codes
+            return _interleaved(codes) if x.dim() == 4 else codes
         image = channels_last(x) if x.dim() == 4 else x
         scaled = steps(image.to(torch.float32), factor).round_().nan_to_num_(0.0, float("inf"), float("-inf"))
         if zero:
@@ -213,6 +213,16 @@ def prepare_quantize(call: KernelCall) -> Kernel:
         return scaled.clamp_(qtype.qmin, qtype.qmax).to(qtype.storage)
 
     return run
+
+
+def _interleaved(codes: torch.Tensor) -> torch.Tensor:
+    """Codes `[N, C, H, W]` in channels_last."""
+    if codes.is_contiguous(memory_format=torch.channels_last) or not codes.is_contiguous():
+        return channels_last(codes)
+    n, c, h, w = codes.shape
+    out = torch.empty(n, h, w, c, dtype=codes.dtype)
+    loops().interleave(codes.view(n, c, h * w).numpy(), out.view(n, h * w, c).numpy())
+    return out.permute(0, 3, 1, 2)
 
 
 def prepare_dequantize(call: KernelCall) -> Kernel:

@@ -41,7 +41,7 @@ def prepare_max_pool(call: KernelCall) -> Kernel:
 def _pooled_by_loop(x: torch.Tensor, size: list[int], *geometry: tuple[int, ...]) -> torch.Tensor:
     image = channels_last(x).permute(0, 2, 3, 1).contiguous()
     out = image.new_full((image.shape[0], *size, image.shape[3]), torch.iinfo(x.dtype).min)
-    loops().max_pool(image.numpy(), *geometry, out.numpy())
+    loops().max_pool(image.numpy(), *geometry, image.new_empty(image.shape[2:]).numpy(), out.numpy())
     return out.permute(0, 3, 1, 2)
 
 
