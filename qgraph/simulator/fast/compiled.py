@@ -242,6 +242,28 @@ def quantize(x, scale, divides, zero, low, high, out):
 
 
 @_compiled
+def row_sums(x, start, out):
+    """`start + sum(x[i])` of integers `[rows, columns]`, 32 bits."""
+    for i in range(x.shape[0]):
+        total = np.int64(start)
+        for j in range(x.shape[1]):
+            total += x[i, j]
+        out[i] = total
+
+
+@_compiled
+def column_sums(x, start, out):
+    """`start + sum over rows` of integers `[N, rows, columns]`, 32 bits."""
+    for n in range(x.shape[0]):
+        total = out[n]
+        total[:] = start
+        for i in range(x.shape[1]):
+            codes = x[n, i]
+            for j in range(codes.shape[0]):
+                total[j] += codes[j]
+
+
+@_compiled
 def interleave(planes, out):
     """`[N, C, pixels]` as `[N, pixels, C]`."""
     for n in range(planes.shape[0]):
