@@ -233,12 +233,33 @@ def look_up(codes, table, out):
 
 
 @_compiled
+def bound(x, low, high, out):
+    """`clamp(x)` of integers; returns how many lie outside."""
+    outside = 0
+    for i in range(x.shape[0]):
+        held = min(max(x[i], low), high)
+        outside += held != x[i]
+        out[i] = held
+    return outside
+
+
+@_compiled
 def quantize(x, scale, divides, zero, low, high, out):
     """`clamp(rint(x * scale) + zero)` of float32 reals, NaN as zero; `divides` says that `x / scale` is meant."""
     for i in range(x.shape[0]):
         t = np.rint(x[i] / scale if divides else x[i] * scale)
         t = (t if t == t else np.float32(0)) + zero
         out[i] = np.int32(min(max(t, low), high))
+
+
+@_compiled
+def unquantizable(x, scale, divides, zero, low, high):
+    """How many reals have codes beyond the bounds, NaN among them."""
+    outside = 0
+    for i in range(x.shape[0]):
+        t = np.rint(x[i] / scale if divides else x[i] * scale) + zero
+        outside += not (low <= t <= high)
+    return outside
 
 
 @_compiled

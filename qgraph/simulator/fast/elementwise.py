@@ -197,13 +197,16 @@ def prepare_quantize(call: KernelCall) -> Kernel:
     steps, single = torch.div if rule.divides else torch.mul, np.float32
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
-        if trace is not None:
+        compiles = x.dtype is torch.float32 and x.device.type == "cpu" and loops() is not None
+        if trace is not None and not compiles:
             REFERENCE["quantize"](x, scale, **options, trace=trace)
-        if x.dtype is torch.float32 and x.device.type == "cpu" and loops() is not None:
+        if compiles:
             full = dense(x.detach())
             out = torch.empty(full.numel(), dtype=qtype.storage)
             bounds = (single(zero), single(qtype.qmin), single(qtype.qmax))
             loops().quantize(memory(full).numpy(), single(factor), rule.divides, *bounds, out.numpy())
+            if trace is not None:
+                trace.saturated += loops().unquantizable(memory(full).numpy(), single(factor), rule.divides, *bounds)
             codes = shaped_as(out, full)
             return _interleaved(codes) if x.dim() == 4 else codes
         image = channels_last(x) if x.dim() == 4 else x
