@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 
@@ -44,6 +44,9 @@ class Zeros:
     result: int
 
 
+_Side: TypeAlias = tuple[torch.Tensor, torch.Tensor, int]  # codes, factor, zero point
+
+
 class EngineSum(ABC):
     """One engine's sum of two terms with scales of their own.
 
@@ -66,6 +69,17 @@ class EngineSum(ABC):
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
         """The unsaturated sum (int64) of raw codes `x` and `y`, broadcast, the result's zero point included."""
 
+    def regular(self, x: torch.Size, y: torch.Size) -> int:
+        """How many results for operands of these shapes are computed as those of two equal, long shapes.
+
+        They come first in memory order, channels_last for four dimensions; `irregular` computes the others.
+        """
+        return int(torch.broadcast_shapes(x, y).numel())
+
+    def irregular(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
+        """As `add` computes the results that `regular` does not count, for operands of one shape."""
+        return self.add(x, y, factors, zeros)
+
     def __str__(self) -> str:
         return self.name
 
@@ -80,14 +94,26 @@ class MlasAdd(EngineSum):
         return AddFactors(x / result, y / result)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
-        first, second = (x, factors.x, zeros.x), (y, factors.y, zeros.y)
         if _first_is_scalar(x.shape, y.shape):
-            first, second = second, first
+            return self.irregular(x, y, factors, zeros)
+        return self._in_order((x, factors.x, zeros.x), (y, factors.y, zeros.y), zeros)
+
+    def irregular(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
+        return self._in_order((y, factors.y, zeros.y), (x, factors.x, zeros.x), zeros)
+
+    def _in_order(self, first: _Side, second: _Side, zeros: Zeros) -> torch.Tensor:
         (a, ratio_a, zero_a), (b, ratio_b, zero_b) = first, second
-        zero_a_real, zero_b_real = torch.full_like(ratio_a, zero_a), torch.full_like(ratio_b, zero_b)
-        fixed = zeros.result - fma32(ratio_a, zero_a_real, ratio_b * zero_b_real)
-        inner = fma32(b.to(torch.float32), ratio_b, fixed)
+        inner = fma32(b.to(torch.float32), ratio_b, self.fixed((ratio_a, ratio_b), Zeros(zero_a, zero_b, zeros.result)))
         return to_int32(torch.round(fma32(a.to(torch.float32), ratio_a, inner)))
+
+    def fixed(self, ratios: tuple[torch.Tensor, torch.Tensor], zeros: Zeros) -> torch.Tensor:
+        """What the zero points add, float32 `[]`, with the operands in the order of the formula."""
+        zero_a, zero_b = (torch.full_like(ratio, zero) for ratio, zero in zip(ratios, (zeros.x, zeros.y), strict=True))
+        return zeros.result - fma32(ratios[0], zero_a, ratios[1] * zero_b)
+
+    def regular(self, x: torch.Size, y: torch.Size) -> int:
+        """All or none: a scalar first operand changes places."""
+        return 0 if _first_is_scalar(x, y) else super().regular(x, y)
 
 
 class AtenAdd(EngineSum):
@@ -106,23 +132,36 @@ class AtenAdd(EngineSum):
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
         assert factors.result is not None
-        sides = ((x, factors.x, zeros.x), (y, factors.y, zeros.y))
-        alone = [scale * (codes.to(torch.int64) - zero).to(torch.float32) for codes, scale, zero in sides]
-        tail = to_int32(torch.round((alone[0] + alone[1]) * factors.result + float(zeros.result)))
         if x.shape != y.shape:
             raise QuantizationError(
                 f"{self} adds values of shapes {list(x.shape)} and {list(y.shape)}", fix="give operands of one shape"
             )
+        sides = ((x, factors.x, zeros.x), (y, factors.y, zeros.y))
         real = [fma32(scale, codes.to(torch.float32), scale * -float(zero)) for codes, scale, zero in sides]
         steps = ((real[0] + real[1]) * factors.result).clamp(-(2.0**31), 2.0**31 - 128)
         body = torch.round(steps).to(torch.int64) + zeros.result
-        return torch.where(in_vector_loop(x), body, tail)
+        return torch.where(in_vector_loop(x), body, self.irregular(x, y, factors, zeros))
+
+    def irregular(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
+        """The scalar loop's formula."""
+        assert factors.result is not None
+        sides = ((x, factors.x, zeros.x), (y, factors.y, zeros.y))
+        real = [scale * (codes.to(torch.int64) - zero).to(torch.float32) for codes, scale, zero in sides]
+        return to_int32(torch.round((real[0] + real[1]) * factors.result + float(zeros.result)))
+
+    def regular(self, x: torch.Size, y: torch.Size) -> int:
+        """What the vector loop takes."""
+        return vector_elements(x.numel()) if x == y else 0
+
+
+def vector_elements(count: int) -> int:
+    """How many of `count` elements torch's vector loop of 64 codes takes on one thread."""
+    return count // _CODES_AT_ONCE * _CODES_AT_ONCE
 
 
 def in_vector_loop(x: torch.Tensor) -> torch.Tensor:
-    """Which elements torch's vector loop of 64 codes takes on one thread, bool of `x`'s shape."""
-    whole = x.numel() // _CODES_AT_ONCE * _CODES_AT_ONCE
-    inside = torch.arange(x.numel(), device=x.device) < whole
+    """Which elements the vector loop takes, bool of `x`'s shape."""
+    inside = torch.arange(x.numel(), device=x.device) < vector_elements(x.numel())
     if x.dim() != 4:
         return inside.reshape(x.shape)
     batch, channels, height, width = x.shape

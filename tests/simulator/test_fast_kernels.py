@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qgraph.numerics import parse_arithmetic, qint8, qint16, qint32
+from qgraph.numerics.engine_sums import ENGINE_SUMS
 from qgraph.simulator.fast import KERNELS
 from qgraph.simulator.fast.loops import loops
 from qgraph.simulator.fast.probe import exact_kinds
@@ -97,13 +98,15 @@ def convolution(
     residual: bool = False,
     layout: torch.memory_format = torch.channels_last,
     low: int | None = None,
+    bias_bits: int = 14,
+    scale: float = 1.0,
     **more: Any,
 ) -> str | None:
     stride, padding, dilation, groups = geometry
     x = codes(size, kind, dtype, low).contiguous(memory_format=layout)
     out, terms = weight.shape[0], weight[0].numel()
-    multipliers, shift = factors(word, out, 0.7 / max(terms, 1) ** 0.5 / 128, 1 + residual)
-    bias = torch.randint(-(2**14), 2**14, (out,)).to(torch.int32)
+    multipliers, shift = factors(word, out, 0.7 * scale / max(terms, 1) ** 0.5 / 128, 1 + residual)
+    bias = torch.randint(-(2**bias_bits), 2**bias_bits, (out,)).to(torch.int32)
     made = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, padding, dilation, groups)
     other = codes(tuple(made.shape), "random") if residual else None
     args = (x, weight, bias, other, multipliers[0], shift, multipliers[1] if residual else None)
@@ -131,8 +134,21 @@ def test_convolutions(channels: int, out: int, kernel: tuple[int, int], geometry
     weight = codes((out, channels // geometry[3], *kernel), kind if kind == "random" else "ends")
     for batch, layout in ((1, torch.channels_last), (3, torch.contiguous_format)):
         assert convolution((batch, channels, 7, 9), weight, geometry, EVEN24, kind, layout=layout) is None
+    assert convolution((2, channels, 6, 8), weight, geometry, EVEN24, kind, format="int16") is None
     if machine == "all":
         assert convolution((2, channels, 6, 8), weight, geometry, EVEN24, kind, residual=True) is None
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_sums_beyond_float32_that_saturate(word: str, machine: str) -> None:
+    """The bias brings some of them back, and factors are as small as saturation allows, or smaller."""
+    torch.manual_seed(12)
+    weight, geometry = codes((8, 480, 3, 3), "highest"), ((1, 1), (1, 1), (1, 1), 1)
+    for scale in (1.0, 1 / 4, 1 / 8, 1 / 16, 1 / 64):
+        for kind in ("random", "ends", "lowest", "highest"):
+            for more in ({}, {"relu": True, "low": 0}, {"residual": "two" not in word}):
+                size = (1, 480, 3, 4)
+                assert convolution(size, weight, geometry, word, kind, bias_bits=23, scale=scale, **more) is None
 
 
 @pytest.mark.parametrize("word", [*WORDS, *ENGINE_WORDS])
@@ -152,13 +168,15 @@ def test_unsigned_codes(machine: str) -> None:
     assert convolution((2, 8, 6, 5), weight, geometry, EVEN24, "ends", low=0) is None, "int8 after relu"
 
 
-def test_convolutions_of_16_bits(machine: str) -> None:
-    """Both bytes apart; the accumulator must hold the sums."""
+@pytest.mark.parametrize("low", [None, 0])
+def test_convolutions_of_16_bits(low: int | None, machine: str) -> None:
+    """Both bytes apart, in one call where no code is negative; sums beyond 32 bits wrap."""
     torch.manual_seed(3)
     for kind in ("random", "ends"):
-        for groups in (1, 8):
-            weight, geometry = codes((16, 8 // groups, 3, 3), kind), ((1, 1), (1, 1), (1, 1), groups)
-            assert convolution((2, 8, 6, 5), weight, geometry, EVEN24, kind, torch.int16, format="int16") is None
+        for channels, groups, bits in ((8, 1, 14), (8, 8, 14), (8, 1, 30), (600, 1, 14)):
+            weight, geometry = codes((16, channels // groups, 3, 3), kind), ((1, 1), (1, 1), (1, 1), groups)
+            size, more = (2, channels, 6, 5), {"format": "int16", "bias_bits": bits}
+            assert convolution(size, weight, geometry, EVEN24, kind, torch.int16, low=low, **more) is None
 
 
 @pytest.mark.parametrize("terms", [1, 2, 64, 1040, 1041, 8192])
@@ -250,6 +268,30 @@ def test_broadcasting(x: tuple[int, ...], y: tuple[int, ...], machine: str) -> N
             if a.dim() == 4:
                 last = a.contiguous(memory_format=torch.channels_last)
                 assert compare("add", (last, b, *scalars), options(word, "int16")) is None
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE_SUMS))
+def test_sums_of_engines(name: str, machine: str) -> None:
+    """All pairs of codes, whole vectors and rests, broadcasting, ratios that leave 32 bits."""
+    torch.manual_seed(14)
+    rule = ENGINE_SUMS[name]
+    shapes = [((65536,), (65536,)), ((3, 5, 7), (3, 5, 7)), ((2, 6, 5, 3), (2, 6, 5, 3)), ((1,), (1,))]
+    if name != "aten_add":  # torch adds operands of one shape only
+        shapes += [((2, 6, 5, 3), (6, 1, 1)), ((4, 1), (4, 9)), ((), (9,)), ((2, 3, 4, 8), (2, 3, 4, 1))]
+    for x_shape, y_shape in shapes:
+        for kinds in ((torch.uint8, torch.uint8), (torch.int8, torch.uint8)):
+            x, y = (codes(shape, "random", dtype) for shape, dtype in zip((x_shape, y_shape), kinds, strict=True))
+            if x_shape == (65536,):
+                x, y = torch.arange(65536).to(kinds[0]), (torch.arange(65536) >> 8).to(kinds[1])
+            for scales in ((0.011, 0.017, 0.02), (0.25, 0.5, 0.5), (3e8, 1.0, 2e-1)):
+                encoded = rule.encode(*(torch.tensor(scale) for scale in scales), 1.0, 8)
+                args = (x, y, encoded.x, encoded.y, encoded.shift, encoded.result)
+                zeros = {"x_zero": 3, "y_zero": -7, "zero": 5}
+                for more in (zeros, {**zeros, "relu": True}):
+                    assert compare("add", args, options(f"int32:wrap/{name}", **more)) is None
+                if x.dim() == 4:
+                    last = x.contiguous(memory_format=torch.channels_last)
+                    assert compare("add", (last, *args[1:]), options(f"int32:wrap/{name}", **zeros)) is None
 
 
 def test_offsets_along_channels(machine: str) -> None:

@@ -195,10 +195,52 @@ def mul_int(a, a_zero, b, b_zero, m, first, second, low, high, zero, out):
 
 
 @_compiled
+def sum_fused(a, b, ratio_a, ratio_b, start, low, high, out):
+    """`rint(fma(a, ratio_a, fma(b, ratio_b, start)))` in float32."""
+    for i in range(a.shape[0]):
+        t = np.rint(_fused(np.float32(a[i]), ratio_a, _fused(np.float32(b[i]), ratio_b, start)))  # type: ignore[call-arg]
+        out[i] = np.int32(min(max(t, low), high))
+
+
+@_compiled
+def look_up_pairs(first, second, table, out):
+    """`out[i] = table[256 * first[i] + second[i]]`, bytes read as unsigned."""
+    for i in range(first.shape[0]):
+        out[i] = table[(np.int32(first[i]) << 8) + second[i]]
+
+
+@_compiled
+def split(codes, flip, out):
+    """Low bytes of 16-bit codes, and high bytes xor `flip`."""
+    for i in range(codes.shape[0]):
+        out[0, i] = codes[i] & 255
+        out[1, i] = ((codes[i] >> 8) & 255) ^ flip
+
+
+@_compiled
+def join(low, high, start, out):
+    """`low + 256 * high + start` of whole numbers `[rows, columns]`, in the dtype of `out`, which wraps."""
+    for i in range(low.shape[0]):
+        for j in range(low.shape[1]):
+            out[i, j] = np.int32(low[i, j]) + (np.int64(np.int32(high[i, j])) << 8) + start[j]
+
+
+@_compiled
 def look_up(codes, table, out):
     """`out[i] = table[codes[i]]`, codes read as unsigned."""
     for i in range(codes.shape[0]):
         out[i] = table[codes[i]]
+
+
+@_compiled
+def bound(x, low, high, out):
+    """`clamp(x)` of integers; returns how many lie outside."""
+    outside = 0
+    for i in range(x.shape[0]):
+        held = min(max(x[i], low), high)
+        outside += held != x[i]
+        out[i] = held
+    return outside
 
 
 @_compiled
@@ -211,18 +253,66 @@ def quantize(x, scale, divides, zero, low, high, out):
 
 
 @_compiled
-def max_pool(x, kernel, stride, padding, dilation, out):
-    """Largest codes of 2-d windows; `x` and `out` are `[N, H, W, C]`, and `out` starts with the lowest code."""
+def unquantizable(x, scale, divides, zero, low, high):
+    """How many reals have codes beyond the bounds, NaN among them."""
+    outside = 0
+    for i in range(x.shape[0]):
+        t = np.rint(x[i] / scale if divides else x[i] * scale) + zero
+        outside += not (low <= t <= high)
+    return outside
+
+
+@_compiled
+def row_sums(x, start, out):
+    """`start + sum(x[i])` of integers `[rows, columns]`, 32 bits."""
+    for i in range(x.shape[0]):
+        total = np.int64(start)
+        for j in range(x.shape[1]):
+            total += x[i, j]
+        out[i] = total
+
+
+@_compiled
+def column_sums(x, start, out):
+    """`start + sum over rows` of integers `[N, rows, columns]`, 32 bits."""
+    for n in range(x.shape[0]):
+        total = out[n]
+        total[:] = start
+        for i in range(x.shape[1]):
+            codes = x[n, i]
+            for j in range(codes.shape[0]):
+                total[j] += codes[j]
+
+
+@_compiled
+def interleave(planes, out):
+    """`[N, C, pixels]` as `[N, pixels, C]`."""
+    for n in range(planes.shape[0]):
+        for c in range(planes.shape[1]):
+            for i in range(planes.shape[2]):
+                out[n, i, c] = planes[n, c, i]
+
+
+@_compiled
+def max_pool(x, kernel, stride, padding, dilation, highest, out):
+    """Largest codes of 2-d windows, first down, then across.
+
+    `x` and `out` are `[N, H, W, C]`, and `out` starts with the lowest code; `highest` is memory for one row `[W, C]`.
+    """
     for n in range(out.shape[0]):
         for i in range(out.shape[1]):
+            highest[:] = out[n, i, 0, 0]
+            for a in range(kernel[0]):
+                row = i * stride[0] - padding[0] + a * dilation[0]
+                if 0 <= row < x.shape[1]:
+                    line, codes = highest.reshape(-1), x[n, row].reshape(-1)
+                    for k in range(line.shape[0]):
+                        line[k] = max(line[k], codes[k])
             for j in range(out.shape[2]):
-                for a in range(kernel[0]):
-                    row = i * stride[0] - padding[0] + a * dilation[0]
-                    if row < 0 or row >= x.shape[1]:
-                        continue
-                    for b in range(kernel[1]):
-                        column = j * stride[1] - padding[1] + b * dilation[1]
-                        if column < 0 or column >= x.shape[2]:
-                            continue
-                        for c in range(out.shape[3]):
-                            out[n, i, j, c] = max(out[n, i, j, c], x[n, row, column, c])
+                found = out[n, i, j]
+                for b in range(kernel[1]):
+                    column = j * stride[1] - padding[1] + b * dilation[1]
+                    if 0 <= column < x.shape[2]:
+                        codes = highest[column]
+                        for c in range(found.shape[0]):
+                            found[c] = max(found[c], codes[c])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from qgraph.numerics import (
     RECIPROCAL,
     EngineSum,
+    QType,
     RequantizeRule,
     Rounding,
     ScaleForm,
@@ -18,10 +20,14 @@ from qgraph.numerics import (
     parse_arithmetic,
     parse_qtype,
     parse_quantize_rule,
+    qint8,
+    qint16,
+    quint8,
 )
 from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, dense, memory, shaped_as
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.pairs import prepare_engine_sum
 from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
 from qgraph.simulator.reference import KERNELS as REFERENCE
@@ -103,9 +109,9 @@ def _flat(finish: Finish, rank: int, own: int) -> Kernel:
 
 def prepare_add(call: KernelCall) -> Kernel:
     """Two values and one shift."""
+    if isinstance(parse_arithmetic(call.options["arithmetic"]).rule, EngineSum):
+        return prepare_engine_sum(call)
     x, y, multiplier_x, multiplier_y, shift = call.args[:5]
-    if any(extra is not None for extra in call.args[5:]):
-        raise NoFastForm("an engine's own sum")
     x, y = _codes(x), _codes(y)
     _constants(multiplier_x, multiplier_y, shift)
     zeros = call.options.get("x_zero", 0), call.options.get("y_zero", 0)
@@ -194,15 +200,18 @@ def prepare_quantize(call: KernelCall) -> Kernel:
     steps, single = torch.div if rule.divides else torch.mul, np.float32
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
-        if trace is not None:
+        compiles = x.dtype is torch.float32 and x.device.type == "cpu" and loops() is not None
+        if trace is not None and not compiles:
             REFERENCE["quantize"](x, scale, **options, trace=trace)
-        if x.dtype is torch.float32 and x.device.type == "cpu" and loops() is not None:
+        if compiles:
             full = dense(x.detach())
             out = torch.empty(full.numel(), dtype=qtype.storage)
             bounds = (single(zero), single(qtype.qmin), single(qtype.qmax))
             loops().quantize(memory(full).numpy(), single(factor), rule.divides, *bounds, out.numpy())
+            if trace is not None:
+                trace.saturated += loops().unquantizable(memory(full).numpy(), single(factor), rule.divides, *bounds)
             codes = shaped_as(out, full)
-            return channels_last(codes) if x.dim() == 4 else codes
+            return _interleaved(codes) if x.dim() == 4 else codes
         image = channels_last(x) if x.dim() == 4 else x
         scaled = steps(image.to(torch.float32), factor).round_().nan_to_num_(0.0, float("inf"), float("-inf"))
         if zero:
@@ -210,6 +219,16 @@ def prepare_quantize(call: KernelCall) -> Kernel:
         return scaled.clamp_(qtype.qmin, qtype.qmax).to(qtype.storage)
 
     return run
+
+
+def _interleaved(codes: torch.Tensor) -> torch.Tensor:
+    """Codes `[N, C, H, W]` in channels_last."""
+    if codes.is_contiguous(memory_format=torch.channels_last) or not codes.is_contiguous():
+        return channels_last(codes)
+    n, c, h, w = codes.shape
+    out = torch.empty(n, h, w, c, dtype=codes.dtype)
+    loops().interleave(codes.view(n, c, h * w).numpy(), out.view(n, h * w, c).numpy())
+    return out.permute(0, 3, 1, 2)
 
 
 def prepare_dequantize(call: KernelCall) -> Kernel:
@@ -237,15 +256,32 @@ def prepare_lookup(call: KernelCall) -> Kernel:
     source = parse_qtype(call.options["source"])
     if not isinstance(table, torch.Tensor) or x.dtype is not source.storage or source.bits not in (8, 16):
         raise NoFastForm("the table is computed, or codes are stored in another width")
-    codes = torch.arange(source.qmin, source.qmax + 1)
-    entries = lookup(codes, table.cpu(), source).to(table.dtype).roll(source.qmin).to(table.device)
+    return _by_code(source, lambda codes: lookup(codes, table.cpu(), source).to(table.dtype).to(table.device))
+
+
+def prepare_expanded(call: KernelCall) -> Kernel:
+    """Segment tables and steps, computed by the reference for every code there is."""
+    x, constants = _codes(call.args[0]), call.args[1:]
+    source = next((qtype for qtype in (qint8, quint8, qint16) if qtype.storage is x.dtype), None)
+    if source is None or any(isinstance(value, Operand) for value in constants):
+        raise NoFastForm("the table is computed, or codes have more than 16 bits")
+    form = call.options.get("source")
+    if form is not None and parse_qtype(form) != source:
+        raise NoFastForm("codes are stored in another width")
+    return _by_code(
+        source, lambda codes: REFERENCE[call.operator](codes.to(source.storage), *constants, **call.options)
+    )
+
+
+def _by_code(source: QType, function: Callable[[torch.Tensor], torch.Tensor]) -> Kernel:
+    """A function of codes as a table with one entry per bit pattern."""
+    entries = function(torch.arange(source.qmin, source.qmax + 1)).roll(source.qmin)
     unsigned = torch.uint8 if source.bits == 8 else torch.uint16
-    pairs = _pairs_of(entries) if source.bits == 8 else None
+    pairs = _pairs_of(entries) if source.bits == 8 and entries.element_size() <= 4 else None
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         full = dense(x)
-        flat = memory(full)
-        return shaped_as(_looked_up(flat, unsigned, entries, pairs), full)
+        return shaped_as(_looked_up(memory(full), unsigned, entries, pairs), full)
 
     return run
 
@@ -279,4 +315,6 @@ KERNELS = {
     "quantize": prepare_quantize,
     "dequantize": prepare_dequantize,
     "lookup": prepare_lookup,
+    "lookup_segments": prepare_expanded,
+    "lookup_steps": prepare_expanded,
 }

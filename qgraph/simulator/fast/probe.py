@@ -112,7 +112,11 @@ class Convolution:
         if packed is None:
             if len(self.packed) > 1:  # oneDNN chooses a layout for a shape; a batch and its rest are two
                 self.packed.clear()
-            packed = torch.ops.onednn.qconv_prepack(self.weight, self.ones, 1.0, self.zero, *self.geometry, list(shape))
+            # Layouts are remembered by shape, not by zero point, and a layout without room for what a zero point takes
+            # away is repacked at every call. One more row gives the same layout under another name.
+            n, c, h, w = shape
+            size = [n, c, h + (self.zero != 0), w]
+            packed = torch.ops.onednn.qconv_prepack(self.weight, self.ones, 1.0, self.zero, *self.geometry, size)
             self.packed[shape] = packed
         sums: torch.Tensor = torch.ops.onednn.qconv_pointwise(
             x,

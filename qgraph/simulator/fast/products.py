@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qgraph.numerics import Overflow, parse_arithmetic, parse_qtype, qint32
+from qgraph.numerics import Overflow, RequantizeRule, parse_arithmetic, parse_qtype, qint32
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
 from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, image_of, rows_of
@@ -47,8 +47,10 @@ def prepare_conv(call: KernelCall) -> Kernel:
         matrix = matrix_of(x, weight.reshape(weight.shape[:2]), bias, zero)
         if matrix is not None:
             return _pointwise(call, x, weight, bias, matrix)
-    sums = convolution_sums(x, weight, bias, zero, options)
-    end = _End(call, product_bound(weight, x.low - zero, x.high - zero, bias))
+    bound = product_bound(weight, x.low - zero, x.high - zero, bias)
+    saturates = bound > SINGLE and _saturates(call, bound, bias)
+    sums = convolution_sums(x, weight, bias, zero, options, saturates=saturates)
+    end = _End(call, SINGLE if saturates else bound)
 
     def part(values: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
         total = sums(values)
@@ -64,6 +66,26 @@ def prepare_conv(call: KernelCall) -> Kernel:
         return torch.cat(done)
 
     return run
+
+
+def _saturates(call: KernelCall, bound: int, bias: torch.Tensor | None) -> bool:
+    """Whether every result of a sum beyond 2**24 lies outside the bounds of the codes.
+
+    Then it does not matter that float32 rounds such a sum (and adds the bias to what is rounded already): rounding
+    keeps order, so that what is beyond stays beyond.
+    """
+    options, (residual, multiplier, shift, other) = call.options, call.args[3:7]
+    word = parse_arithmetic(options["arithmetic"])
+    if not isinstance(word.rule, RequantizeRule) or bound > min(word.accumulator.qmax, qint32.qmax):
+        return False
+    if not isinstance(multiplier, torch.Tensor) or isinstance(shift, Operand):
+        return False
+    unit = torch.ones(()) if shift is None else torch.ldexp(torch.ones(()).double(), -shift.double())
+    reach = torch.tensor(max(abs(options[name] - options.get("zero", 0)) for name in ("low", "high")) + 2.0).double()
+    if isinstance(residual, Operand) and isinstance(other, torch.Tensor):
+        reach = reach + _reach(residual, options.get("residual_zero", 0)) * other.double().abs() * unit
+    within = SINGLE - (torch.zeros(()) if bias is None else bias.abs()).double()
+    return bool((within * multiplier.double().abs() * unit * (1 - 2.0**-20) > reach).all())
 
 
 def _images_at_once(x: torch.Tensor, channels: int, stride: Sequence[int]) -> int:

@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from qgraph.numerics import qint8, qint32, quint8
+from qgraph.numerics import qint8, qint16, qint32, quint8
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
-from qgraph.simulator.fast.layout import as_unsigned, channels_last
+from qgraph.simulator.fast.layout import as_unsigned, channels_last, rows_of
+from qgraph.simulator.fast.loops import loops
 from qgraph.simulator.fast.probe import Convolution, exact_kinds, kind_of
 from qgraph.simulator.kernel import NoFastForm, Operand
 
@@ -31,7 +32,13 @@ _BYTES = (torch.int8, torch.uint8)
 
 
 def convolution_sums(
-    x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int, options: dict[str, Any]
+    x: Operand,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero: int,
+    options: dict[str, Any],
+    *,
+    saturates: bool = False,
 ) -> Sums:
     """Sums of a 2-d convolution, float32, float64 or int32 `[N, C, H, W]` in channels_last.
 
@@ -40,6 +47,7 @@ def convolution_sums(
         weight: `[out, in / groups, kh, kw]`.
         bias: int32 `[out]`.
         options: stride, padding, dilation and groups, two numbers each.
+        saturates: 8-bit sums beyond 2**24 need not be exact; they have 32 bits.
     """
     low, high = x.low - zero, x.high - zero
     geometry = (list(options["stride"]), list(options["padding"]), list(options["dilation"]))
@@ -47,21 +55,28 @@ def convolution_sums(
     kind = kind_of(weight.shape[1] * groups, weight.shape[0], (weight.shape[2], weight.shape[3]), groups)
     if weight.dtype is torch.int8 and x.device.type == "cpu" and kind in exact_kinds():
         if x.dtype in _BYTES:
-            sums = _byte_convolution(weight, bias, low, high, geometry, groups)
+            sums = _byte_convolution(weight, bias, low, high, geometry, groups, saturates=saturates)
             if sums is not None:
                 return lambda values: sums(*as_unsigned(channels_last(values), x.low, zero))
         if x.dtype is torch.int16 and zero == 0:
-            both = _two_byte_convolution(weight, bias, geometry, groups)
+            both = _two_byte_convolution(weight, bias, x.low, geometry, groups)
             if both is not None:
                 return both
     return _carried_convolution(weight, bias, low, high, zero, geometry, groups, x.device)
 
 
 def _byte_convolution(
-    weight: torch.Tensor, bias: torch.Tensor | None, low: int, high: int, geometry: Geometry, groups: int
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: int,
+    high: int,
+    geometry: Geometry,
+    groups: int,
+    *,
+    saturates: bool = False,
 ) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
     """Takes uint8 codes and their zero point."""
-    slices = _channel_slices(weight, bias, low, high, groups)
+    slices = [(0, weight.shape[1])] if saturates else _channel_slices(weight, bias, low, high, groups)
     if slices is None:
         return None
     parts: list[Convolution] = []
@@ -107,31 +122,52 @@ def _channel_slices(
 
 
 def _two_byte_convolution(
-    weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, groups: int
+    weight: torch.Tensor, bias: torch.Tensor | None, low: int, geometry: Geometry, groups: int
 ) -> Sums | None:
-    """int16 codes as 256 h + l: `l` is a byte with zero point 0, `h` is signed."""
-    lower = _byte_convolution(weight, bias, 0, quint8.qmax, geometry, groups)
+    """int16 codes as 256 h + l: `l` has zero point 0, `h` is signed; without negative codes both are alike."""
+    lower = _byte_convolution(weight, None, 0, quint8.qmax, geometry, groups)
     upper = _byte_convolution(weight, None, qint8.qmin, qint8.qmax, geometry, groups)
-    bound = product_bound(weight, -(1 << 15), (1 << 15) - 1, bias)
-    if lower is None or upper is None:
+    bound = product_bound(weight, qint16.qmin, qint16.qmax, bias)
+    if lower is None or upper is None or bound >= DOUBLE:
         return None
-    wide = torch.int32 if bound <= qint32.qmax else torch.float64
+    wide = torch.int32 if bound <= qint32.qmax else torch.int64
+    start = torch.zeros(weight.shape[0], dtype=wide) if bias is None else bias.to(wide)
 
     def sums(values: torch.Tensor) -> torch.Tensor:
-        low_byte, high_byte = _bytes_of(channels_last(values).permute(0, 2, 3, 1))
-        total = lower(low_byte.permute(0, 3, 1, 2), 0).to(wide)
-        scaled = upper((high_byte ^ -qint8.qmin).permute(0, 3, 1, 2), -qint8.qmin)
-        return total.add_(scaled.to(wide), alpha=1 << _BYTE)
+        both = _bytes_of(channels_last(values).permute(0, 2, 3, 1), flipped=low < 0)
+        images = both.flatten(0, 1).permute(0, 3, 1, 2)
+        count = values.shape[0]
+        if low >= 0:
+            parts = lower(images, 0)
+            return joined(parts[:count], parts[count:], start)
+        return joined(lower(images[:count], 0), upper(images[count:], -qint8.qmin), start)
 
     return sums
 
 
-def _bytes_of(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low and high bytes of contiguous int16 codes, uint8."""
+def joined(lower: torch.Tensor, upper: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """`lower + 256 * upper + start` of channels_last sums, in the dtype of `start`, which has one entry per channel."""
+    if loops() is None:
+        total = lower.to(start.dtype).add_(upper.to(start.dtype), alpha=1 << _BYTE)
+        return total.add_(start.view(-1, 1, 1))
+    out = torch.empty_like(lower, dtype=start.dtype)
+    loops().join(*(rows_of(part).numpy() for part in (lower, upper)), start.numpy(), rows_of(out).numpy())
+    return out
+
+
+def _bytes_of(codes: torch.Tensor, *, flipped: bool = False) -> torch.Tensor:
+    """Low and high bytes of contiguous int16 codes, uint8 `[2, *]`; `flipped` adds 128 to the high ones."""
     if codes.stride(-1) != 1:  # torch calls a single channel contiguous whatever its stride
         codes = codes.clone(memory_format=torch.contiguous_format)
-    halves = codes.view(torch.uint8).view(*codes.shape, 2)
-    return halves[..., 0].contiguous(), halves[..., 1].contiguous()
+    out = torch.empty(2, *codes.shape, dtype=torch.uint8)
+    if loops() is None:
+        halves = codes.view(torch.uint8).view(*codes.shape, 2)
+        out[0], out[1] = halves[..., 0], halves[..., 1]
+        if flipped:
+            out[1] ^= -qint8.qmin
+    else:
+        loops().split(codes.view(-1).numpy(), -qint8.qmin if flipped else 0, out.view(2, -1).numpy())
+    return out
 
 
 def _carried_convolution(

@@ -41,7 +41,7 @@ def prepare_max_pool(call: KernelCall) -> Kernel:
 def _pooled_by_loop(x: torch.Tensor, size: list[int], *geometry: tuple[int, ...]) -> torch.Tensor:
     image = channels_last(x).permute(0, 2, 3, 1).contiguous()
     out = image.new_full((image.shape[0], *size, image.shape[3]), torch.iinfo(x.dtype).min)
-    loops().max_pool(image.numpy(), *geometry, out.numpy())
+    loops().max_pool(image.numpy(), *geometry, image.new_empty(image.shape[2:]).numpy(), out.numpy())
     return out.permute(0, 3, 1, 2)
 
 
@@ -104,6 +104,11 @@ def prepare_adaptive_avg_pool(call: KernelCall) -> Kernel:
     finish, zero, wide = _sums(call, x, count)
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
+        if sizes == [1] * rank and rank == 2 and x.dim() == 4 and _compiles(x, wide):
+            image = channels_last(x).permute(0, 2, 3, 1).flatten(1, 2)
+            totals = torch.empty(image.shape[0], image.shape[2], dtype=torch.int32)
+            loops().column_sums(image.numpy(), -zero * image.shape[1], totals.numpy())
+            return _ended(finish, totals.view(*totals.shape, 1, 1), trace)
         sums = _counted(x, zero, wide)
         if sizes == [1] * rank:
             return _ended(finish, sums.sum(dim=list(range(-rank, 0)), keepdim=True, dtype=wide), trace)
@@ -131,11 +136,26 @@ def prepare_reduce_sum(call: KernelCall) -> Kernel:
     finish, zero, wide = _sums(call, x, count)
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
+        trailing = sorted(dim % x.dim() for dim in dims) == list(range(x.dim() - len(dims), x.dim()))
+        if dims and trailing and _compiles(x, wide):
+            return _ended(finish, _row_sums(x, len(dims), keepdim, zero), trace)
         codes = _counted(x, zero, wide)
         sums = codes.sum(dim=dims, keepdim=keepdim, dtype=wide) if dims else codes
         return _ended(finish, sums, trace)
 
     return run
+
+
+def _compiles(x: torch.Tensor, wide: torch.dtype) -> bool:
+    return x.device.type == "cpu" and wide is not torch.int64 and x.numel() > 0 and loops() is not None
+
+
+def _row_sums(x: torch.Tensor, last: int, keepdim: bool, zero: int) -> torch.Tensor:
+    """int32 sums over so many of the last dimensions."""
+    rows = x.flatten(x.dim() - last).contiguous()
+    out = torch.empty(rows.shape[:-1], dtype=torch.int32)
+    loops().row_sums(rows.view(-1, rows.shape[-1]).numpy(), -zero * rows.shape[-1], out.view(-1).numpy())
+    return out.view(*out.shape, *[1] * last) if keepdim else out
 
 
 def prepare_resize_bilinear(call: KernelCall) -> Kernel:
