@@ -284,6 +284,8 @@ def test_sums_of_engines(name: str, machine: str) -> None:
             if x_shape == (65536,):
                 x, y = torch.arange(65536).to(kinds[0]), (torch.arange(65536) >> 8).to(kinds[1])
             for scales in ((0.011, 0.017, 0.02), (0.25, 0.5, 0.5), (3e8, 1.0, 2e-1)):
+                if name == "tflite_add" and scales[0] > 1:
+                    continue  # the engine stops there, and the word refuses it
                 encoded = rule.encode(*(torch.tensor(scale) for scale in scales), 1.0, 8)
                 args = (x, y, encoded.x, encoded.y, encoded.shift, encoded.result)
                 zeros = {"x_zero": 3, "y_zero": -7, "zero": 5}
