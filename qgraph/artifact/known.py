@@ -1,8 +1,8 @@
 """The closed lists: what a file may name. A name is looked up here, never imported.
 
 Functions and methods are those of the operator table, torch's own functions of tensors, those of the engines that
-targets name, and what captured graphs add around them. An operator, function or module class of another package is known
-once that package has registered it, or its target has been read.
+targets name, and what captured graphs add around them. An operator, function or module class of another package is
+known once that package has registered it, or its target has been read.
 """
 
 from __future__ import annotations
