@@ -102,6 +102,9 @@ _POSITIONS = ("float32", "integer")
 _FORMAT = re.compile(r"u?int[0-9]+")
 STEPS = ("product", "sum")  # the lowerings of qgraph need these; others may need more
 
+ENGINE_FUNCTIONS: set[Callable[..., torch.Tensor]] = set()
+"""Functions of the modules that targets read so far have named: saved graphs may name these."""
+
 
 class _Table:
     """A TOML table whose keys are read with their expected kind."""
@@ -304,6 +307,7 @@ def _from_module(table: _Table, kind: str, ops: Collection[str]) -> Mapping[str,
                 where=table.origin,
                 fix=did_you_mean(op, ops),
             )
+    ENGINE_FUNCTIONS.update((own or {}).values())
     return dict(own or {})
 
 
