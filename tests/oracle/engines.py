@@ -64,7 +64,9 @@ def onednn(acc: int, factors: tuple[Fraction, Fraction, Fraction], zero: int, bi
     return half_even(min(max(single(single(real * result) + zero), Fraction(LOWEST)), Fraction(-LOWEST - 128)))
 
 
-def onednn_factors(source: Fraction, weight: Fraction, result: Fraction, *, linear: bool) -> tuple[Fraction, Fraction, Fraction]:
+def onednn_factors(
+    source: Fraction, weight: Fraction, result: Fraction, *, linear: bool
+) -> tuple[Fraction, Fraction, Fraction]:
     """What is stored for three scales: torch hands them over as reciprocals, which rounds twice."""
 
     def again(scale: Fraction) -> Fraction:
