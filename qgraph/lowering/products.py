@@ -18,16 +18,8 @@ from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op_table import LINEAR, TRANSPOSED
-from qgraph.lowering.base import (
-    Lowering,
-    LoweringContext,
-    bounds,
-    encode_saturating,
-    register_lowering,
-    shape_of,
-    spatial,
-    sum_rule,
-)
+from qgraph.lowering.base import Lowering, LoweringContext, bounds, encode_saturating, register_lowering, sum_rule
+from qgraph.lowering.options import shape_of, spatial
 from qgraph.nn import Activation
 from qgraph.numerics import (
     Arithmetic,
