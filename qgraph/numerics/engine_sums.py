@@ -177,9 +177,10 @@ class TfliteAdd(EngineSum):
     def encode(self, x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, sign: float, bits: int) -> AddFactors:
         twice = 2.0 * torch.maximum(x, y).double()
         lifted = 2.0 ** _lift(bits) * result.double()
-        if sign > 0 and bool(twice >= lifted):
+        if bool(twice >= lifted):
             raise QuantizationError(
-                f"{self} cannot add scale {torch.maximum(x, y).item():g} to scale {result.item():g}",
+                f"{self} cannot bring a sum or difference at scale {torch.maximum(x, y).item():g} to scale "
+                f"{result.item():g}: its last factor is {(twice / lifted).item():g}, and has to be below 1",
                 why="the engine stops where the result is finer than the operands by so much",
                 fix="look at the calibrated ranges around this op",
             )
