@@ -2,8 +2,9 @@
 
 In order, for each site: a fixed choice (a stub's scale, an inner step of a composite), else the first qconfig setter
 that answers; then the target's legal combinations. A default that is illegal is changed to the nearest legal choice,
-an explicit one is refused. Every decision keeps the rule that made it and what that rule overrode. Nothing is
-computed differently yet, except that an operand in the wrong format gets a stub that converts it.
+an explicit one is refused. Where the device keeps its operand's scale, or fixes the result's, the target decides.
+Every decision keeps the rule that made it and what that rule overrode. Nothing is computed differently yet, except
+that an operand in the wrong format gets a stub that converts it.
 """
 
 from __future__ import annotations
@@ -106,15 +107,54 @@ class _Planner:
             operands = self._converted_inputs(node, operands, require_integer(qconfig.input, where(node)), rule)
         overrode: tuple[str, ...] = ()
         if record.op is not QUANT_STUB:
-            weight, result, operands, overrode = self._legalized(node, operands, weight, result, rule)
+            keeps = self._keeps_scale(node)
+            wanted = self.formats[operands[0][1]] if keeps else result
+            weight, legal, operands, overrode = self._legalized(node, operands, weight, wanted, rule)
+            if keeps and (legal != wanted or result != wanted):
+                overrode = (*overrode, self._kept(node, rule, result, legal, self.formats[operands[0][1]]))
+            result = legal
         scheme = self._scheme(node, result, rule)
         plan = SitePlan(result, observer, False, rule, overrode, fixed, scheme)
+        plan = self._as_the_device_scales(node, plan)
         weight_plan = None
         if weight is not None:
             per_channel, scheme = self.target.weight_per_channel, self.target.weight_scheme(weight)
             weight_plan = SitePlan(weight, qconfig.weight_observer, per_channel, rule, overrode, scheme=scheme)
         self.edit.annotate(node, plan=plan, weight_plan=weight_plan)
         self.formats[node] = result
+
+    def _keeps_scale(self, node: fx.Node) -> bool:
+        device = self.target.rule(info(node).op.name)
+        return device is not None and device.same_scale
+
+    def _kept(self, node: fx.Node, rule: str, asked: QType, result: QType, operand: QType) -> str:
+        """What was overridden where a result must have its operand's format."""
+        if rule not in (*self.defaults, _INNER_RULE) or result != operand:
+            raise QuantizationError(
+                f"{info(node).op} from {operand} to {asked} is illegal on {self.target.name}",
+                where=where(node),
+                why=f"the device keeps format and scale of the operand; decided by: {rule}",
+                fix=f"ask for {operand}, or give the operand the other format",
+            )
+        return f"{rule}: {asked}, but {self.target.name} keeps the operand's format and scale"
+
+    def _as_the_device_scales(self, node: fx.Node, plan: SitePlan) -> SitePlan:
+        """The plan, with the operand's scale or the one the device fixes, where it does either."""
+        device = self.target.rule(info(node).op.name)
+        if device is None or not (device.same_scale or str(plan.format) in device.fixed_result):
+            return plan
+        if plan.fixed_scale is not None:
+            keeps = "keeps the operand's scale" if device.same_scale else "has a fixed scale"
+            raise QuantizationError(
+                f"a scale of {plan.fixed_scale} is illegal for {info(node).op}",
+                where=where(node),
+                why=f"its result {keeps} on {self.target.name}; decided by: {plan.rule}",
+                fix="leave the scale out",
+            )
+        if device.same_scale:
+            return replace(plan, same_scale=True)
+        scale, zero = device.fixed_result[str(plan.format)]
+        return replace(plan, fixed_scale=scale, fixed_zero=zero)
 
     def _scheme(self, node: fx.Node, result: QType, rule: str) -> Scheme:
         if str(result) not in self.target.activations:

@@ -1,8 +1,8 @@
 """Takes composites apart into operators that hardware has: norms, softmax, division.
 
 Inner steps are sites of their own, named after the composite (`norm.rsqrt`, `softmax.exp`); the last step keeps the
-composite's site. `docs/arithmetic.md` has the formulas. Equal within 1e-5 relative. A composite stays whole, and in
-float, if the target lacks a step.
+composite's site. `docs/arithmetic.md` has the formulas. Equal within 1e-5 relative. A composite stays whole if the
+target runs it as it is, and, in float, if the target lacks a step.
 """
 
 from __future__ import annotations

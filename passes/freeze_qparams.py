@@ -38,6 +38,7 @@ class FreezeQParams(Pass):
     stages: ClassVar[tuple[Stage, ...]] = (Stage.PREPARED,)
     requires: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
     ensures: ClassVar[frozenset[str]] = frozenset({"frozen"})
+    annotates: ClassVar[bool] = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)

@@ -2,7 +2,8 @@
 
 In state FLOAT all of them are the identity, so the graph computes what it did: bit exact. A weight that several modules
 share gets one fake quantization, because it is one site, unless they need it in different formats or with scales along
-different dimensions, as a convolution and its transposed twin do.
+different dimensions, as a convolution and its transposed twin do. A result that keeps its operand's scale passes the
+operand's fake quantization once more, which then observes both.
 """
 
 from __future__ import annotations
@@ -59,15 +60,37 @@ class InsertFakeQuant(Pass):
 
 
 def _quantize_result(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Editor) -> None:
-    observer = None if plan.fixed_scale is not None else make_observer(plan.observer, -1)
-    module = FakeQuantize(record.site, _integer(plan, node), observer, fixed_scale=plan.fixed_scale, scheme=plan.scheme)
-    path = edit.free_path(f"{CONTAINER}.{node_name(record.site)}")
-    edit.set_module(path, module.eval())
+    path = _path_of_operand(node) if plan.same_scale else _own_module(node, record, plan, edit)
     users = list(node.users)
     rounded = edit.call_module(path, node, op=FAKE_QUANT, like=node, site=f"{record.site}.fake_quant", before=node.next)
     edit.annotate(rounded, value=record.value)
     for user in users:
         edit.replace_input(user, node, rounded)
+
+
+def _own_module(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Editor) -> str:
+    """Path of a new fake quantization for a site."""
+    module = FakeQuantize(
+        record.site,
+        _integer(plan, node),
+        None if plan.fixed_scale is not None else make_observer(plan.observer, -1),
+        fixed_scale=plan.fixed_scale,
+        fixed_zero=plan.fixed_zero,
+        scheme=plan.scheme,
+    )
+    path = edit.free_path(f"{CONTAINER}.{node_name(record.site)}")
+    edit.set_module(path, module.eval())
+    return path
+
+
+def _path_of_operand(node: fx.Node) -> str:
+    """Path of the fake quantization behind the first operand, looking through what moves its codes."""
+    current = node
+    while info(current).op is not FAKE_QUANT:
+        if not current.all_input_nodes:
+            raise InternalError("a value whose scale is kept has no fake quantization", where=where(node))
+        current = current.all_input_nodes[0]
+    return str(current.target)
 
 
 def _quantize_weight(

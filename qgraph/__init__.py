@@ -27,6 +27,7 @@ from qgraph.errors import (
     UserError,
     VerifyError,
 )
+from qgraph.export import export_onnx
 from qgraph.ir.node_info import ExampleInputs, GraphInfo, NodeInfo, Refusal, graph_info, info
 from qgraph.ir.stage import Stage
 from qgraph.ir.text import print_graph
@@ -115,6 +116,7 @@ __all__ = [
     "default_qat_qconfig_setter",
     "draw",
     "draw_diff",
+    "export_onnx",
     "float16",
     "float32",
     "get_qconfig",

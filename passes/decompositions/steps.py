@@ -21,6 +21,7 @@ from qgraph.ir.node_info import Refusal, info, tensor_at
 from qgraph.ir.op import Op, ShapeRule
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.values import TensorSpec, ValueSpec, spec_of
+from qgraph.lowering import support
 from qgraph.nn import Affine, QuantStub
 from qgraph.pipeline import Pass, PassContext, PassResult
 from qgraph.rewrite import Verdict, no, yes
@@ -44,7 +45,7 @@ class Decomposition:
 def apply_rules(
     owner: Pass, gm: fx.GraphModule, ctx: PassContext, rules: Mapping[str, Decomposition], left_whole: tuple[str, ...]
 ) -> PassResult:
-    """Takes every composite apart that has a rule and passes its check.
+    """Takes every composite apart that has a rule, passes its check, and that the target does not run as it is.
 
     Args:
         owner: the pass.
@@ -60,6 +61,8 @@ def apply_rules(
         op = info(node).op
         rule = rules.get(op.decomposition or "")
         if rule is None or op.name in left_whole or info(node).in_place or info(node).unstable:
+            continue
+        if ctx.target is not None and support(node, ctx.target):
             continue
         verdict = rule.check(node)
         lacking = [step.name for step in rule.steps if ctx.target and ctx.target.rule(step.name) is None]

@@ -45,8 +45,10 @@ class SitePlan:
         per_channel: whether there is one scale per output channel.
         rule: the rule that decided.
         overrode: earlier decisions this one replaced, oldest first.
-        fixed_scale: a scale given by the user, never updated.
+        fixed_scale: a scale given by the user or the target, never updated.
         scheme: how a range becomes scale and zero point.
+        fixed_zero: the zero point that goes with `fixed_scale`; None for that of a scale given by the user.
+        same_scale: whether the site has the scale and zero point of the first operand instead of its own.
     """
 
     format: Format
@@ -56,6 +58,8 @@ class SitePlan:
     overrode: tuple[str, ...] = ()
     fixed_scale: float | None = None
     scheme: Scheme = Scheme.SYMMETRIC
+    fixed_zero: int | None = None
+    same_scale: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.errors import InternalError, QuantizationError, UserError, did_you_mean
-from qgraph.ir.arguments import coded_operands, quant_rule
+from qgraph.errors import InternalError, QuantizationError, TargetError, UserError, did_you_mean
+from qgraph.ir.arguments import bind, coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
 from qgraph.ir.integer import integer_operator
 from qgraph.ir.node_info import graph_info, info, where
@@ -26,6 +26,7 @@ from qgraph.ir.values import TensorSpec
 from qgraph.numerics import (
     RECIPROCAL,
     Arithmetic,
+    EngineSoftmax,
     EngineSum,
     Factor,
     QParams,
@@ -33,6 +34,10 @@ from qgraph.numerics import (
     QuantizeRule,
     RequantizeRule,
     Rule,
+    ScalarFunction,
+    SegmentForm,
+    TwoTables,
+    build_table,
 )
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
@@ -103,8 +108,12 @@ class LoweringContext:
         return multiplier, shift
 
     def step(self, node: fx.Node, name: str) -> Arithmetic:
-        """The target's arithmetic of a named step of `node`'s operator."""
-        return self.target.step(name, info(node).op.name)
+        """The target's arithmetic of a named step of `node`'s operator, on its first operand's format."""
+        return self.target.step(name, info(node).op.name, self._source(node))
+
+    def _source(self, node: fx.Node) -> QType | None:
+        found = next((info(operand).qparams for _, operand in bind(node).nodes()), None)
+        return None if found is None else found.qtype
 
     def ratio(
         self, node: fx.Node, *operands: QParams | torch.Tensor, divisor: torch.Tensor | None = None
@@ -117,8 +126,26 @@ class LoweringContext:
         return self.target.factor(info(node).op.name, *scales, result=result)
 
     def bounds(self, result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-        """As `bounds`, with the target's way to quantize."""
-        return bounds(result, low, high, self.target.quantize_rule)
+        """As `bounds`, with the target's way to quantize a bound."""
+        return bounds(result, low, high, self.target.bound_rule)
+
+    def table(self, function: ScalarFunction, source: QParams, result: QParams) -> torch.Tensor:
+        """The target's table of a function of one value, full or of even intervals.
+
+        Raises:
+            TargetError: the target's tables of this format have another form.
+        """
+        functions, form = self.target.functions, self.target.table_form(source.qtype)
+        if isinstance(form, (SegmentForm, TwoTables)):
+            raise TargetError(f"function tables of {self.target.name} for {source.qtype} are neither full nor even")
+        return build_table(
+            function,
+            source,
+            result,
+            entries=form,
+            rule=functions.quantize or self.target.quantize_rule,
+            dtype=functions.values,
+        )
 
     def rescale(self, like: fx.Node, real: torch.Tensor, step: str) -> tuple[fx.Node, fx.Node | None, Arithmetic]:
         """Nodes for one real factor (float64) under the target's arithmetic of `step`."""
@@ -134,8 +161,8 @@ def encode_saturating(rule: Rule, factor: torch.Tensor, result: QType) -> Factor
     the device can store. Such factors arise where a result is far smaller than its operands, as a mean of normalized
     values is.
     """
-    if isinstance(rule, EngineSum):
-        raise UserError(f"{rule} rescales sums of two terms only", fix="give this operator another word")
+    if isinstance(rule, (EngineSum, EngineSoftmax)):
+        raise UserError(f"{rule} does not rescale single values", fix="give this operator another word")
     beyond = rule.largest > 2.0 * (1 << result.bits)
     return rule.encode(factor.clamp(-rule.largest, rule.largest) if beyond else factor)
 
@@ -151,7 +178,8 @@ def bounds(
     limits = {"low": qtype.qmin, "high": qtype.qmax}
     for name, value in (("low", low), ("high", high)):
         if value is not None and abs(value) != float("inf"):
-            code = rule.steps(torch.tensor(value, dtype=torch.float32), result.scale.cpu()).item() + result.zero
+            zero = result.zero_points().flatten()[0].cpu()
+            code = rule.codes(torch.tensor(value, dtype=torch.float32), result.scale.cpu(), zero).item()
             limits[name] = int(min(max(code, qtype.qmin), qtype.qmax))
     return {**limits, "format": str(qtype)}
 
@@ -187,6 +215,12 @@ def check_float_tensors(node: fx.Node) -> Verdict:
         if theirs is None or theirs.dtype is not torch.float32:
             return no(f"its operand {name} is {info(operand).value or 'unknown'}, not a float32 tensor", node)
     return yes()
+
+
+def takes_numbers(target: Target, op: str) -> bool:
+    """Whether the target computes an operator with a number in place of codes."""
+    rule = target.rule(op)
+    return rule is None or rule.numbers
 
 
 def is_number(value: Any) -> bool:

@@ -10,6 +10,7 @@ A number as operand is exact: it enters M or B.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +29,12 @@ from qgraph.lowering.base import (
     encode_saturating,
     is_number,
     register_lowering,
+    shape_of,
     sum_rule,
+    takes_numbers,
 )
-from qgraph.numerics import EngineSum, QParams, RequantizeRule
+from qgraph.lowering.functions import table_call, tabulate_call
+from qgraph.numerics import Arithmetic, AtenCat, AtenRequantize, EngineSum, Factor, QParams, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -48,13 +52,17 @@ class SumLowering(Lowering):
         rule = target.step("sum", bound.op.name).rule
         if isinstance(rule, EngineSum):
             return self._engine_supports(node, operands, rule, target)
-        return _number_or_node(node, operands)
+        return _number_or_node(node, operands, target)
 
     def _engine_supports(self, node: fx.Node, operands: list[Any], rule: EngineSum, target: Target) -> Verdict:
         if not all(isinstance(operand, fx.Node) for operand in operands):
+            if target.functions.rescale:
+                return _number_or_node(node, operands, target)
             return no(f"{target.name} adds no numbers to codes", node)
         if bind(node).option("alpha") != 1:
             return no(f"{target.name} scales no operand of a sum", node)
+        if not rule.broadcasts and shape_of(operands[0]) != shape_of(operands[1]):
+            return no(f"{target.name} adds values of one shape only", node)
         if info(node).op is SUB and not rule.subtracts:
             return no(f"{target.name} has no subtraction", node)
         return yes()
@@ -64,6 +72,8 @@ class SumLowering(Lowering):
         sign = -float(bound.option("alpha")) if info(node).op is SUB else float(bound.option("alpha"))
         operands, signs = [bound.operand("input"), bound.operand("other")], [1.0, sign]
         if not all(isinstance(operand, fx.Node) for operand in operands):
+            if ctx.target.functions.rescale:
+                return tabulate_call(node, ctx)
             number = next(i for i, operand in enumerate(operands) if not isinstance(operand, fx.Node))
             one = torch.tensor(signs[1 - number], dtype=torch.float64)
             shift = torch.tensor(signs[number] * operands[number], dtype=torch.float64)
@@ -114,12 +124,14 @@ class ProductOfValuesLowering(Lowering):
             return no("it rounds its quotient", node)
         if info(node).op is DIV and (isinstance(operands[1], fx.Node) or not operands[1]):
             return no("it divides by a computed value: decompose-composites takes it apart", node)
-        return _number_or_node(node, operands)
+        return _number_or_node(node, operands, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
         x, y = bound.operand("input"), bound.operand("other")
         if not isinstance(y, fx.Node):
+            if ctx.target.functions.rescale:
+                return tabulate_call(node, ctx)
             factor = torch.tensor(float(y), dtype=torch.float64)
             factor = 1.0 / factor if info(node).op is DIV else factor
             return lower_affine(node, x, factor, None, ctx)
@@ -165,6 +177,8 @@ class ClampLowering(Lowering):
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         one = torch.tensor(1.0, dtype=torch.float64)
         low, high = _clamp_limits(node)
+        if ctx.target.functions.rescale:
+            return table_call(node, bind(node).operand("input"), lambda values: values.clamp(low, high), ctx)
         return lower_affine(node, bind(node).operand("input"), one, None, ctx, low=low, high=high)
 
 
@@ -186,7 +200,7 @@ def lower_affine(
     """
     result = ctx.qparams(node)
     scale = result.scale.double()
-    real = weight * ctx.qparams(x).scale.double() / scale
+    real = ctx.ratio(node, ctx.qparams(x), weight)
     limits = {**ctx.bounds(result, low, high), **ctx.zeros(node, x=x)}
     if bias is None:
         multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
@@ -220,9 +234,17 @@ def requantized_to(x: fx.Node, result: QParams, like: fx.Node, ctx: LoweringCont
     source = ctx.qparams(x)
     if source.same_as(result):
         return x
-    arithmetic = ctx.step(like, "rescale")
-    real = ctx.target.factor("quant_stub", source.scale, result=result.scale)
-    factor = encode_saturating(arithmetic.rule, real, result.qtype)
+    if ctx.target.functions.rescale:
+        table = ctx.tensor(like, f"{role}_table", ctx.table(lambda values: values, source, result))
+        node = ctx.integer("lookup", x, table, like=like, result=result, source=str(source.qtype))
+        ctx.edit.annotate(node, site=f"{info(like).site}.{role}", value=coded(info(x).value, result))
+        return node
+    arithmetic = _rescaling(like, ctx)
+    if isinstance(arithmetic.rule, AtenRequantize):
+        factor = Factor(arithmetic.rule.stages(source.scale, source.zero, result.scale), None)
+    else:
+        real = ctx.target.factor("quant_stub", source.scale, result=result.scale)
+        factor = encode_saturating(arithmetic.rule, real, result.qtype)
     multiplier = ctx.tensor(like, f"{role}_multiplier", factor.multiplier)
     shift = None if factor.shift is None else ctx.tensor(like, f"{role}_shift", factor.shift)
     zeros = {name: zero for name, zero in (("x_zero", source.zero), ("zero", result.zero)) if zero}
@@ -232,6 +254,14 @@ def requantized_to(x: fx.Node, result: QParams, like: fx.Node, ctx: LoweringCont
     return node
 
 
+def _rescaling(like: fx.Node, ctx: LoweringContext) -> Arithmetic:
+    """The target's arithmetic of a change of scale. torch joins channels of images differently from all else."""
+    arithmetic = ctx.step(like, "rescale")
+    if isinstance(arithmetic.rule, AtenCat) and not (len(shape_of(like)) == 4 and bind(like).option("dim") in (1, -3)):
+        return replace(arithmetic, rule=AtenRequantize())
+    return arithmetic
+
+
 def _clamp_limits(node: fx.Node) -> tuple[Any, Any]:
     if info(node).op is RELU6:
         return 0.0, 6.0
@@ -239,8 +269,10 @@ def _clamp_limits(node: fx.Node) -> tuple[Any, Any]:
     return bound.option("min"), bound.option("max")
 
 
-def _number_or_node(node: fx.Node, operands: list[Any]) -> Verdict:
+def _number_or_node(node: fx.Node, operands: list[Any], target: Target) -> Verdict:
     for operand in operands:
+        if not isinstance(operand, fx.Node) and not takes_numbers(target, info(node).op.name):
+            return no(f"{target.name} has no {info(node).op} of codes and a number", node)
         if not isinstance(operand, fx.Node) and not is_number(operand):
             return no(f"it computes with {operand!r}", node)
     return yes()

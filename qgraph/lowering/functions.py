@@ -1,6 +1,6 @@
 """Lowering of functions of one value.
 
-f(x)            qz = table[qx], full or interpolated as the target has it
+f(x)            qz = table[qx], full or interpolated as the target has it; torch has a second table for its scalar loop
 floor, sign     qz = values[number of thresholds not above qx]        exact: no table between entries holds a jump
 """
 
@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.errors import InternalError
+from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
-from qgraph.lowering.base import Lowering, LoweringContext, is_number, register_lowering
-from qgraph.numerics import SegmentForm, build_segments, build_steps, build_table
-from qgraph.numerics.tables import ScalarFunction
+from qgraph.lowering.base import Lowering, LoweringContext, bounds, is_number, register_lowering
+from qgraph.numerics import (
+    EngineSoftmax,
+    ScalarFunction,
+    SegmentForm,
+    TwoTables,
+    build_segments,
+    build_steps,
+    has_two_tables,
+    two_tables,
+)
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -29,10 +37,25 @@ class TableLowering(Lowering):
             return no(f"the op table gives no function for {info(node).op}", node)
         if any(isinstance(option, fx.Node) for option in bind(node).options().values()):
             return no("an option is computed in the forward", node)
+        if _has_two_tables(target) and not has_two_tables(info(node).op.name, bind(node).options()):
+            return no(f"torch computes no such {info(node).op} of codes", node)
         return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        return table_call(node, bind(node).operand("input"), _scalar_function(node), ctx)
+        bound = bind(node)
+        x, make = bound.operand("input"), ctx.target.functions.tables.get(bound.op.name)
+        source, result = ctx.qparams(x), ctx.qparams(node)
+        if isinstance(ctx.target.table_form(source.qtype), TwoTables):
+            tables = ctx.tensor(node, "tables", two_tables(bound.op.name, bound.options(), source, result))
+            return ctx.integer("lookup_two", x, tables, like=node, source=str(source.qtype))
+        if make is None:
+            return table_call(node, x, _scalar_function(node, ctx.target), ctx)
+        table = ctx.tensor(node, "table", make(source, result, **bound.options()))
+        return ctx.integer("lookup", x, table, like=node, source=str(source.qtype))
+
+
+def _has_two_tables(target: Target) -> bool:
+    return any(isinstance(form, TwoTables) for form in target.tables.values())
 
 
 class PowLowering(Lowering):
@@ -56,18 +79,48 @@ class StepsLowering(TableLowering):
     """A function that jumps: a full table, or its thresholds and the values between them."""
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
-        x = bind(node).operand("input")
-        thresholds, values = build_steps(_scalar_function(node), ctx.qparams(x), ctx.qparams(node))
+        x, function = bind(node).operand("input"), _scalar_function(node, ctx.target)
+        if ctx.target.functions.rescale:
+            return table_call(node, x, function, ctx)
+        thresholds, values = build_steps(function, ctx.qparams(x), ctx.qparams(node))
         tensors = [ctx.tensor(node, role, t) for role, t in (("thresholds", thresholds), ("values", values))]
         return ctx.integer("lookup_steps", x, *tensors, like=node)
+
+
+class SoftmaxLowering(Lowering):
+    """Softmax as one operator, on devices that have it; elsewhere it is taken apart before."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        bound = bind(node)
+        if bound.option("dim") is None:
+            return no("it leaves its dimension to torch's deprecated default", node)
+        if bound.option("dtype") not in (None, torch.float32):
+            return no(f"it computes in {bound.option('dtype')}", node)
+        return yes()
+
+    def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
+        x, result, arithmetic = bind(node).operand("input"), ctx.qparams(node), ctx.step(node, "product")
+        rule = arithmetic.rule
+        if not isinstance(rule, EngineSoftmax) or result.scale.item() != rule.step:
+            raise QuantizationError(
+                f"{rule} computes no softmax with scale {result.scale.item():g}",
+                where=where(node),
+                fix="give the target's softmax a word of its own and the fixed_result that belongs to it",
+            )
+        options: dict[str, Any] = {"dim": int(bind(node).option("dim")), "arithmetic": str(arithmetic)}
+        options |= {**bounds(result), **ctx.zeros(node)}
+        multiplier, shift = ctx.factor(node, rule.encode(ctx.qparams(x).scale))
+        return ctx.integer("softmax", x, multiplier, shift, like=node, **options)
 
 
 def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: LoweringContext) -> fx.Node:
     """`function` of the codes of `x`, as a lookup in a table of the target's form."""
     source, result = ctx.qparams(x), ctx.qparams(node)
     form = ctx.target.table_form(source.qtype)
+    if isinstance(form, TwoTables):
+        raise InternalError("a target of torch's tables computes a function torch has no kernel for", where=where(node))
     if not isinstance(form, SegmentForm):
-        table = ctx.tensor(node, "table", build_table(function, source, result, entries=form))
+        table = ctx.tensor(node, "table", ctx.table(function, source, result))
         return ctx.integer("lookup", x, table, like=node, source=str(source.qtype))
     made = build_segments(function, source, result, form)
     tensors = [ctx.tensor(node, role, getattr(made, role)) for role in ("entries", "starts", "shifts")]
@@ -79,13 +132,30 @@ def table_call(node: fx.Node, x: fx.Node, function: ScalarFunction, ctx: Lowerin
     return ctx.integer("lookup_segments", x, *tensors, like=node, **options)
 
 
-def _scalar_function(node: fx.Node) -> ScalarFunction:
-    """The function of a call with its options, on float64.
+def tabulate_call(node: fx.Node, ctx: LoweringContext) -> fx.Node:
+    """A call with one computed operand and numbers as a table of what torch computes."""
+    bound = bind(node)
+    operands = [bound.operand(name) for name in bound.op.operands]
+    position = next(i for i, operand in enumerate(operands) if isinstance(operand, fx.Node))
+    target: Any = bound.op.target
+
+    def function(values: torch.Tensor) -> torch.Tensor:
+        numbers = [operand if isinstance(operand, fx.Node) else values.new_tensor(operand) for operand in operands]
+        numbers[position] = values
+        result: torch.Tensor = target(*numbers, **bound.options())
+        return result
+
+    return table_call(node, operands[position], function, ctx)
+
+
+def _scalar_function(node: fx.Node, target: Target) -> ScalarFunction:
+    """The function of a call with its options: the target's own, or the op table's.
 
     Raises:
         InternalError: the op table gives none.
     """
-    function, options = info(node).op.scalar_function, bind(node).options()
+    op, options = info(node).op, bind(node).options()
+    function = target.functions.own.get(op.name, op.scalar_function)
     if function is None:
         raise InternalError("a table has no function", where=where(node))
     return lambda values: function(values, **options)
@@ -93,4 +163,5 @@ def _scalar_function(node: fx.Node) -> ScalarFunction:
 
 register_lowering("table", TableLowering())
 register_lowering("pow", PowLowering())
+register_lowering("softmax", SoftmaxLowering())
 register_lowering("steps", StepsLowering())

@@ -17,9 +17,9 @@ from qgraph.ir.op_table import PAD
 from qgraph.lowering.base import (
     Lowering,
     LoweringContext,
-    bounds,
     is_number,
     register_lowering,
+    takes_numbers,
 )
 from qgraph.lowering.elementwise import requantized_to
 from qgraph.numerics import RECIPROCAL
@@ -46,6 +46,8 @@ class PadLowering(Lowering):
             return no("its amounts are computed in the forward", node)
         if value is not None and not is_number(value):
             return no(f"it pads with {value!r}, for which there is no code", node)
+        if value and not takes_numbers(target, info(node).op.name):
+            return no(f"{target.name} pads with zero only", node)
         return yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
@@ -56,7 +58,7 @@ class PadLowering(Lowering):
             ctx.moved(node, node, source)
             return node
         result = ctx.qparams(node) if value else source
-        code = bounds(result, low=value or 0.0)["low"]
+        code = ctx.bounds(result, low=value or 0.0)["low"]
         moved = requantized_to(x, result, node, ctx, "requantize")
         padded = ctx.edit.call_function(F.pad, (moved, tuple(bound.option("pad"))), {"value": code}, op=PAD, like=node)
         ctx.moved(padded, node, result)

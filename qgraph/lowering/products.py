@@ -14,13 +14,31 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.errors import InternalError
+from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op_table import LINEAR, TRANSPOSED
-from qgraph.lowering.base import Lowering, LoweringContext, bounds, register_lowering, spatial, sum_rule
+from qgraph.lowering.base import (
+    Lowering,
+    LoweringContext,
+    bounds,
+    encode_saturating,
+    register_lowering,
+    spatial,
+    sum_rule,
+)
 from qgraph.nn import Activation
-from qgraph.numerics import Arithmetic, Fbgemm, OneDnn, QParams, bias_codes, qint32, quantize
+from qgraph.numerics import (
+    Arithmetic,
+    Fbgemm,
+    OneDnn,
+    QParams,
+    bias_codes,
+    dispatches_pairs,
+    pairs_may_saturate,
+    qint32,
+    quantize,
+)
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -51,31 +69,37 @@ class ProductLowering(Lowering):
         if weight is None:
             raise InternalError("a weight has no scale", where=where(node))
         product = accumulator_step(ctx.qparams(x), weight, scale_repeats(node))
-        arguments = self._arguments(node, ctx, residual, product, module.activation)
-        operands = [x, ctx.tensor(node, "weight", quantize(module.weight.detach(), weight)), None, residual]
+        codes = quantize(module.weight.detach(), weight)
+        arguments = self._arguments(node, ctx, weight, product, module.activation)
+        operands = [x, ctx.tensor(node, "weight", codes), None, residual]
         if module.bias is not None:
             operands[2] = ctx.tensor(node, "bias", _stored_bias(node, module.bias.detach(), product, ctx))
+        if _saturates_pairs(node, module, codes, ctx):
+            geometry = {name: _geometry(node, module)[name] for name in ("stride", "padding")}
+            parts = [*operands[:3], *arguments[0][:2]]
+            return ctx.integer("conv_pairs", *parts, like=node, **geometry, **arguments[1], **ctx.zeros(node, x=x))
         options = {} if info(node).op is LINEAR else _geometry(node, module)
         zeros = ctx.zeros(node, x=x, residual=residual)
         name = "linear" if info(node).op is LINEAR else "conv"
         return ctx.integer(name, *operands, *arguments[0], like=node, **options, **arguments[1], **zeros)
 
     def _arguments(
-        self, node: fx.Node, ctx: LoweringContext, residual: Any, product: torch.Tensor, activation: Activation
+        self, node: fx.Node, ctx: LoweringContext, weight: QParams, product: torch.Tensor, activation: Activation
     ) -> tuple[list[fx.Node | None], dict[str, Any]]:
         """Multiplier, shift and residual multiplier; arithmetic and bounds."""
-        result = ctx.qparams(node)
+        result, residual = ctx.qparams(node), bind(node).operand("residual")
         limits = ctx.bounds(result, *_LIMITS[activation]) if result.qtype != qint32 else _raw_bounds(activation)
-        arithmetic = ctx.step(node, "product")
+        arithmetic = product_arithmetic(node, ctx)
         if result.qtype == qint32:
             return [None, None, None], {"arithmetic": str(arithmetic), **limits}
         if isinstance(arithmetic.rule, OneDnn):
-            stages = ctx.tensor(node, "multiplier", _onednn_stages(node, ctx))
-            return [stages, None, None], {"arithmetic": str(arithmetic), **limits}
+            scales = [ctx.qparams(bind(node).operand("input")).scale, weight.scale, result.scale]
+            stages = arithmetic.rule.stages(*scales, linear=info(node).op is LINEAR)
+            return [ctx.tensor(node, "multiplier", stages), None, None], {"arithmetic": str(arithmetic), **limits}
         real = ctx.ratio(node, product)
         if residual is None:
-            multiplier, shift, _ = ctx.rescale(node, real, "product")
-            return [multiplier, shift, None], {"arithmetic": str(arithmetic), **limits}
+            factor = encode_saturating(arithmetic.rule, real, result.qtype)
+            return [*ctx.factor(node, factor), None], {"arithmetic": str(arithmetic), **limits}
         total = ctx.step(node, "sum")
         terms = torch.broadcast_tensors(real, ctx.ratio(node, ctx.qparams(residual)))
         factor = sum_rule(total).encode_sum(torch.stack(list(terms)))
@@ -88,7 +112,7 @@ class ProductLowering(Lowering):
 
 def _stored_bias(node: fx.Node, bias: torch.Tensor, step: torch.Tensor, ctx: LoweringContext) -> torch.Tensor:
     """The bias `[C_out]` as the target adds it: in steps of the accumulator, int32 or float32, or as it is (oneDNN)."""
-    rule = ctx.step(node, "product").rule
+    rule = product_arithmetic(node, ctx).rule
     if isinstance(rule, OneDnn):
         return bias.to(torch.float32)
     if isinstance(rule, Fbgemm):
@@ -96,21 +120,30 @@ def _stored_bias(node: fx.Node, bias: torch.Tensor, step: torch.Tensor, ctx: Low
     return bias_codes(bias, step).to(torch.int32)
 
 
-def _onednn_stages(node: fx.Node, ctx: LoweringContext) -> torch.Tensor:
-    """OneDNN's factors of input, weight and result, float32 `[3, C_out]` or `[3]`.
+def product_arithmetic(node: fx.Node, ctx: LoweringContext) -> Arithmetic:
+    """The target's arithmetic of a convolution or linear, which may differ for many groups."""
+    most = ctx.target.many_groups
+    many = most is not None and getattr(module_of(node), "groups", 1) > most
+    arithmetic = ctx.step(node, "many_groups" if many else "product")
+    weight = info(node).weight_qparams
+    if isinstance(arithmetic.rule, (Fbgemm, OneDnn)) and weight is not None and not weight.per_channel:
+        raise QuantizationError(
+            f"{arithmetic.rule} is given a weight with one scale for all channels",
+            why="the engine computes another formula for such weights, which no word describes",
+            fix="use weights with a scale per channel",
+        )
+    return arithmetic
 
-    torch hands scales over as reciprocals of reciprocals, which rounds them twice.
-    """
-    source, weight = ctx.qparams(bind(node).operand("input")).scale, info(node).weight_qparams
-    assert weight is not None
 
-    def twice(scale: torch.Tensor) -> torch.Tensor:
-        return (1.0 / (1.0 / scale.double()).float().double()).float()
-
-    linear = info(node).op is LINEAR
-    held = 1.0 / (1.0 / weight.scale) if linear else weight.scale
-    result = 1.0 / twice(ctx.qparams(node).scale)
-    return torch.stack(torch.broadcast_tensors(twice(source), held, result))
+def _saturates_pairs(node: fx.Node, module: Any, codes: torch.Tensor, ctx: LoweringContext) -> bool:
+    """Whether fbgemm takes this convolution to a kernel that adds in 16 bits, and some input shows it."""
+    if info(node).op is LINEAR or not isinstance(product_arithmetic(node, ctx).rule, Fbgemm):
+        return False
+    geometry = _geometry(node, module)
+    given = {name: geometry[name] for name in ("groups", "stride", "padding", "dilation")}
+    return dispatches_pairs(codes.shape, **given) and pairs_may_saturate(
+        codes, ctx.qparams(bind(node).operand("input")).qtype
+    )
 
 
 class MatmulLowering(Lowering):

@@ -41,10 +41,12 @@ class ResizeLowering(InterpolateLowering):
         mode = bound.option("mode")
         if mode not in (*_TABLES, "nearest", "nearest-exact", "area"):
             return no(f"mode {mode!r} has no integer form", node)
+        if mode not in ("nearest", "nearest-exact") and "sample" not in target.arithmetic:
+            return no(f"{target.name} only copies codes where it resizes", node)
         sizes = (bound.option("size"), bound.option("scale_factor"))
         if any(isinstance(v, fx.Node) for size in sizes for v in (size if isinstance(size, (list, tuple)) else [size])):
             return no("its size is computed in the forward", node)
-        return yes()
+        return self.fits_integer_positions(node, target) if target.integer_positions else yes()
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)

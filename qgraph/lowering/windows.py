@@ -23,10 +23,12 @@ from qgraph.lowering.base import (
     LoweringContext,
     batch_is_free,
     bounds,
+    encode_saturating,
     register_lowering,
     shape_of,
     spatial,
 )
+from qgraph.numerics import AtenPool, Factor, MeanRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
 
@@ -59,8 +61,30 @@ class MaxPoolLowering(Lowering):
         )
 
 
+def _check_layout(node: fx.Node, target: Target) -> Verdict:
+    """Engines that average channels in memory order know images only."""
+    rule = target.step("product", info(node).op.name).rule
+    if isinstance(rule, AtenPool) and len(shape_of(bind(node).operand("input"))) != 4:
+        return no(f"{target.name} averages batches of images only", node)
+    return yes()
+
+
 class AvgPoolLowering(Lowering):
     """Average pooling; the number of elements counted may differ at the edges."""
+
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        verdict = _check_layout(node, target)
+        if not verdict:
+            return verdict
+        bound, rank = bind(node), _rank(node)
+        kernel = spatial(bound.option("kernel_size"), rank)
+        padded = any(spatial(bound.option("padding"), rank)) or bound.values.get("divisor_override")
+        rule = target.step("product", bound.op.name).rule
+        counts_more = bound.values.get("divisor_override") or (padded and bound.option("count_include_pad"))
+        if isinstance(rule, MeanRule) and rule.raw and counts_more:
+            return no(f"{target.name} divides by the number of elements inside the image only", node)
+        whole = list(shape_of(bound.operand("input"))[-rank:]) == kernel and not padded
+        return yes() if whole else _needs_global(node, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound, rank = bind(node), _rank(node)
@@ -89,6 +113,12 @@ class AvgPoolLowering(Lowering):
 class AdaptiveAvgPoolLowering(Lowering):
     """Adaptive average pooling: windows of up to two lengths per dimension."""
 
+    def supports(self, node: fx.Node, target: Target) -> Verdict:
+        verdict = _check_layout(node, target)
+        if not verdict:
+            return verdict
+        return yes() if set(shape_of(node)[-_rank(node) :]) == {1} else _needs_global(node, target)
+
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         return self.over(node, _rank(node), ctx)
 
@@ -114,7 +144,8 @@ class ReduceLowering(Lowering):
             return no(f"it computes in {bound.option('dtype')}", node)
         if info(node).op is MEAN and 0 in dims and batch_is_free(node):
             return no("it averages over the batch, whose size is free", node)
-        return yes()
+        rank = len(shape_of(bound.operand("input")))
+        return yes() if rank > 2 and dims == list(range(2, rank)) else _needs_global(node, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         x, dims = bind(node).operand("input"), _dims(node)
@@ -127,6 +158,20 @@ class ReduceLowering(Lowering):
 class InterpolateLowering(Lowering):
     """Nearest and bilinear resizing to a fixed size; `qgraph.lowering.sampling` has the other modes."""
 
+    @staticmethod
+    def fits_integer_positions(node: fx.Node, target: Target) -> Verdict:
+        """Whether a device that computes positions from the two sizes, in integers, can run the call."""
+        bound = bind(node)
+        mode = bound.option("mode")
+        if mode not in ("nearest", "bilinear") or bound.option("antialias"):
+            return no(f"{target.name} resizes by nearest and bilinear only", node)
+        sizes = (shape_of(bound.operand("input"))[2:], shape_of(node)[2:])
+        if len(sizes[0]) != 2:
+            return no(f"{target.name} resizes images only", node)
+        exact = [n_in / n_out for n_in, n_out in zip(*sizes, strict=True)]
+        fits = _steps(bound, *sizes) == exact
+        return yes() if fits else no(f"{target.name} resizes by the ratio of sizes, not by a given factor", node)
+
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         bound = bind(node)
         x = bound.operand("input")
@@ -136,16 +181,15 @@ class InterpolateLowering(Lowering):
             return self._nearest(node, x, rank, steps, ctx)
         bits = ctx.target.weight_bits
         align = bool(bound.option("align_corners"))
+        make = _integer_table if ctx.target.integer_positions else _bilinear_table
         rows, columns = (
-            _bilinear_table(size_in, size_out, step, align, bits)
+            make(size_in, size_out, step, align, bits)
             for size_in, size_out, step in zip(shape_of(x)[2:], shape_of(node)[2:], steps, strict=True)
         )
-        result = ctx.qparams(node)
-        real = ctx.ratio(node, ctx.qparams(x)) / 2.0 ** (2 * bits)
-        multiplier, shift, arithmetic = ctx.rescale(node, real, "sample")
+        weights = torch.tensor(2.0 ** (2 * bits), dtype=torch.float64)
+        multiplier, shift, options = _mean_factor(node, x, weights, "sample", ctx)
         tables = [ctx.tensor(node, "rows", rows), ctx.tensor(node, "columns", columns)]
-        options = {"weight_bits": bits, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
-        return ctx.integer("resize_bilinear", x, *tables, multiplier, shift, like=node, **options)
+        return ctx.integer("resize_bilinear", x, *tables, multiplier, shift, like=node, weight_bits=bits, **options)
 
     def _nearest(self, node: fx.Node, x: fx.Node, rank: int, steps: list[float], ctx: LoweringContext) -> fx.Node:
         current = x
@@ -164,14 +208,35 @@ class InterpolateLowering(Lowering):
         return current
 
 
+def _needs_global(node: fx.Node, target: Target) -> Verdict:
+    """For an average of something else than all positions of each channel."""
+    rule = target.rule(info(node).op.name)
+    if rule is not None and rule.global_only:
+        return no(f"{target.name} averages over all positions of a channel only", node)
+    return yes()
+
+
 def _averaged(
     name: str, node: fx.Node, x: fx.Node, counts: torch.Tensor, ctx: LoweringContext, **options: Any
 ) -> fx.Node:
-    result = ctx.qparams(node)
-    real = ctx.ratio(node, ctx.qparams(x), divisor=counts)
-    multiplier, shift, arithmetic = ctx.rescale(node, real, "product")
-    options = {**options, "arithmetic": str(arithmetic), **bounds(result), **ctx.zeros(node, x=x)}
-    return ctx.integer(name, x, multiplier, shift, like=node, **options)
+    multiplier, shift, word = _mean_factor(node, x, counts, "product", ctx)
+    return ctx.integer(name, x, multiplier, shift, like=node, **options, **word)
+
+
+def _mean_factor(
+    node: fx.Node, x: fx.Node, counts: torch.Tensor, step: str, ctx: LoweringContext
+) -> tuple[fx.Node, fx.Node | None, dict[str, Any]]:
+    """Multiplier and shift of a sum divided by `counts`; arithmetic, bounds and zero points."""
+    result, arithmetic = ctx.qparams(node), ctx.step(node, step)
+    rule, zeros = arithmetic.rule, ctx.zeros(node, x=x)
+    if isinstance(rule, AtenPool):
+        factor = Factor(rule.stages(counts), None)
+    elif isinstance(rule, MeanRule):
+        factor = rule.encode_mean(ctx.ratio(node, ctx.qparams(x)), counts)
+        zeros = {} if rule.raw else zeros
+    else:
+        factor = encode_saturating(rule, ctx.ratio(node, ctx.qparams(x), divisor=counts), result.qtype)
+    return *ctx.factor(node, factor), {"arithmetic": str(arithmetic), **bounds(result), **zeros}
 
 
 def _window_counts(
@@ -236,6 +301,21 @@ def _bilinear_table(size_in: int, size_out: int, step: float, align: bool, bits:
     after = (before + 1).clamp(max=size_in - 1)
     weight = torch.round((source - before) * float(1 << bits)).to(torch.int64)
     return torch.stack([before, after, weight])
+
+
+def _integer_table(size_in: int, size_out: int, step: float, align: bool, bits: int) -> torch.Tensor:
+    """As `_bilinear_table` with positions in whole units of `2**-bits`, as LiteRT computes them.
+
+    Weights may leave 0..1 at the borders, where both indices are the same.
+    """
+    one = 1 << bits
+    stride = (one * size_in + size_out // 2) // size_out
+    if align and size_out > 1:
+        stride = (one * (size_in - 1) + (size_out - 1) // 2) // (size_out - 1)
+    position = torch.arange(size_out) * stride + (0 if align else stride // 2 - one // 2)
+    before = torch.div(position, one, rounding_mode="trunc").clamp(min=0)
+    after = torch.div(position + one - 1, one, rounding_mode="trunc").clamp(max=size_in - 1)
+    return torch.stack([before, after, position - one * before])
 
 
 for _name, _lowering in {

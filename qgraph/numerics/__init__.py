@@ -5,8 +5,11 @@ simulator, fake quantization and the written specification must agree bit for bi
 """
 
 from qgraph.numerics.arithmetic import Arithmetic, parse_arithmetic
-from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros
-from qgraph.numerics.engines import EngineRule, Fbgemm, OneDnn
+from qgraph.numerics.aten import AtenCat, AtenPool, AtenRequantize
+from qgraph.numerics.aten_functions import TwoTables, has_two_tables, two_tables
+from qgraph.numerics.engine_softmax import EngineSoftmax
+from qgraph.numerics.engine_sums import AddFactors, EngineSum, Zeros, in_vector_loop
+from qgraph.numerics.engines import EngineRule, Fbgemm, MeanRule, OneDnn
 from qgraph.numerics.factor import Factor
 from qgraph.numerics.formats import (
     FloatFormat,
@@ -23,10 +26,12 @@ from qgraph.numerics.formats import (
     qint32,
     quint8,
 )
+from qgraph.numerics.pairs import dispatches_pairs, pair_sums, pairs_may_saturate
 from qgraph.numerics.qparams import QParams, Scheme, choose_qparams, qparams_from_scale
 from qgraph.numerics.quantize import (
     RECIPROCAL,
     QuantizeRule,
+    ZeroPoint,
     bias_codes,
     dequantize,
     fake_quantize,
@@ -43,18 +48,23 @@ from qgraph.numerics.requantize import (
 )
 from qgraph.numerics.rounding import Overflow, Rounding, round_float, rounding_shift_right
 from qgraph.numerics.segment_tables import SegmentForm, SegmentTable, build_segments, lookup_segments
-from qgraph.numerics.tables import build_steps, build_table, check_intervals, lookup
+from qgraph.numerics.tables import ScalarFunction, build_steps, build_table, check_intervals, lookup
 
 __all__ = [
     "RECIPROCAL",
     "AddFactors",
     "Arithmetic",
+    "AtenCat",
+    "AtenPool",
+    "AtenRequantize",
     "EngineRule",
+    "EngineSoftmax",
     "EngineSum",
     "Factor",
     "Fbgemm",
     "FloatFormat",
     "Format",
+    "MeanRule",
     "OneDnn",
     "Overflow",
     "QParams",
@@ -63,10 +73,13 @@ __all__ = [
     "RequantizeRule",
     "Rounding",
     "Rule",
+    "ScalarFunction",
     "ScaleForm",
     "Scheme",
     "SegmentForm",
     "SegmentTable",
+    "TwoTables",
+    "ZeroPoint",
     "Zeros",
     "as_format",
     "bias_codes",
@@ -76,13 +89,18 @@ __all__ = [
     "check_intervals",
     "choose_qparams",
     "dequantize",
+    "dispatches_pairs",
     "encode_common_shift",
     "encode_fixed_point",
     "fake_quantize",
     "float16",
     "float32",
+    "has_two_tables",
+    "in_vector_loop",
     "lookup",
     "lookup_segments",
+    "pair_sums",
+    "pairs_may_saturate",
     "parse_arithmetic",
     "parse_format",
     "parse_qtype",
@@ -97,4 +115,5 @@ __all__ = [
     "quint8",
     "round_float",
     "rounding_shift_right",
+    "two_tables",
 ]

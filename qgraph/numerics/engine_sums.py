@@ -22,6 +22,8 @@ from qgraph.errors import QuantizationError
 from qgraph.numerics.engines import multiply_by_multiplier, quantize_multiplier
 from qgraph.numerics.float_steps import fma32, to_int32, wrap32
 
+_CODES_AT_ONCE = 64
+
 
 @dataclass(frozen=True, eq=False)
 class AddFactors:
@@ -48,10 +50,12 @@ class EngineSum(ABC):
     Attributes:
         name: the word.
         subtracts: whether it also computes differences.
+        broadcasts: whether the operands may have different shapes.
     """
 
     name: ClassVar[str]
     subtracts: ClassVar[bool] = False
+    broadcasts: ClassVar[bool] = True
     accumulator_bits: ClassVar[int] = 64
 
     @abstractmethod
@@ -62,11 +66,16 @@ class EngineSum(ABC):
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
         """The unsaturated sum (int64) of raw codes `x` and `y`, broadcast, the result's zero point included."""
 
-    def regular(self, x: torch.Size, y: torch.Size) -> int:
-        """How many results for operands of these shapes are computed as those of two equal, long shapes.
+    @abstractmethod
+    def elements(
+        self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros, *, regular: bool
+    ) -> torch.Tensor:
+        """As `add`, with one of the two formulas for every element, see `regular`."""
 
-        They come first in memory order, channels_last for four dimensions; the others are computed as those of
-        `[n, 1]` and `[1, n]`.
+    def regular(self, x: torch.Size, y: torch.Size) -> int:
+        """How many results for operands of these shapes follow the engine's regular formula.
+
+        They come first in memory order, channels_last for four dimensions; the others follow its other formula.
         """
         return int(torch.broadcast_shapes(x, y).numel())
 
@@ -84,8 +93,14 @@ class MlasAdd(EngineSum):
         return AddFactors(x / result, y / result)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
+        return self.elements(x, y, factors, zeros, regular=not _first_is_scalar(x.shape, y.shape))
+
+    def elements(
+        self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros, *, regular: bool
+    ) -> torch.Tensor:
+        """The operands in their order, or changed places."""
         first, second = (x, factors.x, zeros.x), (y, factors.y, zeros.y)
-        if _first_is_scalar(x.shape, y.shape):
+        if not regular:
             first, second = second, first
         (a, ratio_a, zero_a), (b, ratio_b, zero_b) = first, second
         inner = fma32(b.to(torch.float32), ratio_b, self.fixed((ratio_a, ratio_b), Zeros(zero_a, zero_b, zeros.result)))
@@ -105,39 +120,50 @@ class AtenAdd(EngineSum):
     """torch's quantized::add of 8-bit codes on one thread.
 
     Elements are taken in memory order, channels_last for four dimensions: 64 at a time by a vector loop, the rest one
-    by one by another formula. Operands of different shapes are added one by one.
+    by one by another formula. Which elements these are for operands of different shapes is not described here.
     """
 
     name = "aten_add"
-    _STEP = 64
+    broadcasts = False
 
     def encode(self, x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, sign: float, bits: int) -> AddFactors:
         _refuse_difference(sign, self)
         return AddFactors(x, y, result=1.0 / result)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
+        if x.shape != y.shape:
+            raise QuantizationError(
+                f"{self} adds values of shapes {list(x.shape)} and {list(y.shape)}", fix="give operands of one shape"
+            )
+        body, tail = (self.elements(x, y, factors, zeros, regular=regular) for regular in (True, False))
+        return torch.where(in_vector_loop(x), body, tail)
+
+    def elements(
+        self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros, *, regular: bool
+    ) -> torch.Tensor:
+        """The vector loop's formula, or that of the rest."""
         assert factors.result is not None
         sides = ((x, factors.x, zeros.x), (y, factors.y, zeros.y))
-        alone = [scale * (codes.to(torch.int64) - zero).to(torch.float32) for codes, scale, zero in sides]
-        tail = to_int32(torch.round((alone[0] + alone[1]) * factors.result + float(zeros.result)))
-        if x.shape != y.shape:
-            return tail
+        if not regular:
+            alone = [scale * (codes.to(torch.int64) - zero).to(torch.float32) for codes, scale, zero in sides]
+            return to_int32(torch.round((alone[0] + alone[1]) * factors.result + float(zeros.result)))
         real = [fma32(scale, codes.to(torch.float32), scale * -float(zero)) for codes, scale, zero in sides]
         steps = ((real[0] + real[1]) * factors.result).clamp(-(2.0**31), 2.0**31 - 128)
-        body = torch.round(steps).to(torch.int64) + zeros.result
-        return torch.where(self._in_body(x), body, tail)
+        return torch.round(steps).to(torch.int64) + zeros.result
 
     def regular(self, x: torch.Size, y: torch.Size) -> int:
         """What the vector loop takes."""
-        return x.numel() // self._STEP * self._STEP if x == y else 0
+        return x.numel() // _CODES_AT_ONCE * _CODES_AT_ONCE
 
-    def _in_body(self, x: torch.Tensor) -> torch.Tensor:
-        """Which elements the vector loop takes, bool of `x`'s shape."""
-        inside = torch.arange(x.numel(), device=x.device) < self.regular(x.shape, x.shape)
-        if x.dim() != 4:
-            return inside.reshape(x.shape)
-        batch, channels, height, width = x.shape
-        return inside.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+def in_vector_loop(x: torch.Tensor) -> torch.Tensor:
+    """Which elements torch's vector loop of 64 codes takes on one thread, bool of `x`'s shape."""
+    whole = x.numel() // _CODES_AT_ONCE * _CODES_AT_ONCE
+    inside = torch.arange(x.numel(), device=x.device) < whole
+    if x.dim() != 4:
+        return inside.reshape(x.shape)
+    batch, channels, height, width = x.shape
+    return inside.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class TfliteAdd(EngineSum):
@@ -149,11 +175,23 @@ class TfliteAdd(EngineSum):
     def encode(self, x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, sign: float, bits: int) -> AddFactors:
         twice = 2.0 * torch.maximum(x, y).double()
         lifted = 2.0 ** _lift(bits) * result.double()
+        if sign > 0 and bool(twice >= lifted):
+            raise QuantizationError(
+                f"{self} cannot add scale {torch.maximum(x, y).item():g} to scale {result.item():g}",
+                why="the engine stops where the result is finer than the operands by so much",
+                fix="look at the calibrated ranges around this op",
+            )
         parts = [quantize_multiplier(real) for real in (x.double() / twice, y.double() / twice, twice / lifted)]
         shift = torch.stack([part.shifts() for part in parts])
         return AddFactors(parts[0].multiplier, int(sign) * parts[1].multiplier, shift, parts[2].multiplier)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
+        return self.elements(x, y, factors, zeros, regular=True)
+
+    def elements(
+        self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros, *, regular: bool
+    ) -> torch.Tensor:
+        """There is one formula."""
         assert factors.shift is not None
         assert factors.result is not None
         lift = _lift(8 * x.element_size())

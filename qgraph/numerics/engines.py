@@ -1,20 +1,24 @@
 """Rescaling as existing engines do it, step by step; found by experiment and checked against the engines in the tests.
 
 Each rule is one word of the arithmetic (`int32:wrap/gemmlowp`). `acc` is the accumulator, `z` the zero point of the
-result, `fl` one float32 rounding, `rhe` rounds half to even, and `int32()` converts as x86 does.
+result, `fl` one float32 rounding, `rhe` rounds half to even, `int32()` converts as x86 does, `sat32()` saturates.
 
     mlas_mul        onnxruntime QLinearMul
         int32(rhe(fl(fl(fl(acc) * m) + z)))
     fbgemm          torch, fbgemm; b is the bias in steps of the accumulator, float32
         int32(rhe(fl(fl(fl(acc) + b) * m))) + z
     onednn          torch, oneDNN; b is the real bias
-        int32(rhe(fl(fl(t * my) + z))), t = fl(fl(fl(fl(acc) * mx) * mw) + b)
+        sat32(rhe(fl(fl(t * my) + z))), t = fl(fl(fl(fl(acc) * mx) * mw) + b)
     gemmlowp        LiteRT, 32-bit accumulators
         rdbp(srdhm(wrap(acc * 2**max(s, 0)), M), max(-s, 0)) + z
     tflite_int64    LiteRT, 64-bit accumulators
         wrap((acc * M16 + 2**(14 - s)) >> (15 - s)) + z
     tflite_double   LiteRT fully connected; m in float64
         int32(half_away(acc * m)) + z
+    tflite_mean     LiteRT MEAN of n elements; gemmlowp with M and s of the ratio of scales changed to
+        e = min(floor(log2 n), 32, 31 + s), M = (M << e) // n, s = s - e
+    tflite_average  LiteRT AVERAGE_POOL_2D and RESIZE_BILINEAR; acc sums raw codes, whose scale is kept
+        sign(acc) * ((abs(acc) + n // 2) // n)
 srdhm(a, M) = (a * M + 2**30) >> 31, rdbp(x, e) rounds x / 2**e half away from zero (gemmlowp's fixedpoint.h).
 """
 
@@ -27,7 +31,7 @@ import torch
 
 from qgraph.errors import QuantizationError
 from qgraph.numerics.factor import Factor
-from qgraph.numerics.float_steps import round_half_away, to_int32, wrap32
+from qgraph.numerics.float_steps import round_half_away, to_int32, whole32, wrap32
 
 _MULTIPLIER_BITS = 31
 _SMALLEST_SHIFT = -31
@@ -83,7 +87,7 @@ class MlasMul(EngineRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         return to_int32(torch.round(accumulator.to(torch.float32) * factor.multiplier + float(zero)))
 
 
@@ -109,6 +113,14 @@ class OneDnn(EngineRule):
 
     name = "onednn"
 
+    def stages(self, source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, *, linear: bool) -> torch.Tensor:
+        """What is stored for the scales (float32) of input, weight `[C]` and result; float32 `[3, C]`.
+
+        torch hands scales over as reciprocals, which rounds them twice; those of a linear's weight too.
+        """
+        held = 1.0 / (1.0 / weight) if linear else weight
+        return torch.stack(torch.broadcast_tensors(_rounded_twice(source), held, 1.0 / _rounded_twice(result)))
+
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -116,7 +128,12 @@ class OneDnn(EngineRule):
         real = accumulator.to(torch.float32) * source * weight
         if bias is not None:
             real = real + bias
-        return to_int32(torch.round(real * result + float(zero)))
+        return whole32(real * result + float(zero))
+
+
+def _rounded_twice(scale: torch.Tensor) -> torch.Tensor:
+    """`fl(1 / fl(1 / scale))`, both quotients in float64."""
+    return (1.0 / (1.0 / scale.double()).float().double()).float()
 
 
 class Gemmlowp(EngineRule):
@@ -131,7 +148,7 @@ class Gemmlowp(EngineRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         return multiply_by_multiplier(accumulator, factor.multiplier, factor.shifts()) + zero
 
 
@@ -140,6 +157,7 @@ class TfliteInt64(EngineRule):
 
     name = "tflite_int64"
     accumulator_bits = 48
+    largest = float(1 << 14) * (1 - torch.finfo(torch.float32).eps)
 
     def _stored(self, factor: torch.Tensor) -> Factor:
         exact = quantize_multiplier(factor)
@@ -150,7 +168,7 @@ class TfliteInt64(EngineRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         total = 15 - factor.shifts()
         half = torch.ones_like(total) << (total - 1)
         return wrap32((accumulator * factor.multiplier + half) >> total) + zero
@@ -168,8 +186,77 @@ class TfliteDouble(EngineRule):
     def apply(
         self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        _refuse(bias, self)
+        refuse_bias(bias, self)
         return to_int32(round_half_away(accumulator.double() * factor.multiplier)) + zero
+
+
+class MeanRule(EngineRule):
+    """A rule for means: what is stored depends on the number of elements, not only on the real factor.
+
+    Attributes:
+        raw: whether it sums raw codes, zero points included; the result then has the operand's scale and zero point.
+    """
+
+    raw: ClassVar[bool] = False
+
+    @abstractmethod
+    def encode_mean(self, ratio: torch.Tensor, count: torch.Tensor) -> Factor:
+        """What the engine stores for a mean of `count` elements (whole numbers, any shape).
+
+        Args:
+            ratio: scale of the operand over scale of the result, float64 `[]`.
+            count: float64 or int64.
+
+        Raises:
+            QuantizationError: the ratio is not usable.
+        """
+
+    def _stored(self, factor: torch.Tensor) -> Factor:
+        raise QuantizationError(f"{self} computes means only", fix="give this operator another word")
+
+
+class TfliteMean(MeanRule):
+    """LiteRT's MEAN: the number of elements divides the multiplier, which is truncated."""
+
+    name = "tflite_mean"
+    accumulator_bits = 32
+
+    def encode_mean(self, ratio: torch.Tensor, count: torch.Tensor) -> Factor:
+        exact = Gemmlowp().encode(ratio)
+        whole = count.to(torch.int64)
+        bits = torch.frexp(whole.double()).exponent.to(torch.int64) - 1
+        lift = torch.minimum(bits.clamp(max=32), 31 + exact.shifts())
+        multiplier = torch.div(exact.multiplier << lift, whole, rounding_mode="floor")
+        return Factor(multiplier, exact.shifts() - lift)
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return Gemmlowp().apply(accumulator, factor, zero, bias)
+
+
+class TfliteAverage(MeanRule):
+    """LiteRT's averages of raw codes: integer division, ties away from code 0. The multiplier is the divisor."""
+
+    name = "tflite_average"
+    raw = True
+
+    def encode_mean(self, ratio: torch.Tensor, count: torch.Tensor) -> Factor:
+        if not bool((ratio == 1.0).all()):
+            raise QuantizationError(
+                f"{self} keeps the scale of its operand",
+                why="the result was given another scale",
+                fix="write same_scale = true for this operator in the target's file",
+            )
+        return Factor(count.to(torch.int64), None)
+
+    def apply(
+        self, accumulator: torch.Tensor, factor: Factor, zero: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        refuse_bias(bias, self)
+        count = factor.multiplier
+        size = torch.div(accumulator.abs() + (count >> 1), count, rounding_mode="floor")
+        return torch.sign(accumulator) * size + zero
 
 
 def quantize_multiplier(factor: torch.Tensor) -> Factor:
@@ -199,11 +286,15 @@ def rounding_divide(values: torch.Tensor, exponent: torch.Tensor | int) -> torch
     return (values >> amount) + above.to(torch.int64)
 
 
-def _refuse(bias: torch.Tensor | None, rule: EngineRule) -> None:
+def refuse_bias(bias: torch.Tensor | None, rule: EngineRule) -> None:
+    """Refuses a float bias where the engine adds none.
+
+    Raises:
+        QuantizationError: there is one.
+    """
     if bias is not None:
         raise QuantizationError(f"{rule} adds no float bias", fix="give the bias in steps of the accumulator, int32")
 
 
-ENGINE_RULES: dict[str, EngineRule] = {
-    rule.name: rule for rule in (MlasMul(), Fbgemm(), OneDnn(), Gemmlowp(), TfliteInt64(), TfliteDouble())
-}
+_RULES = (MlasMul(), Fbgemm(), OneDnn(), Gemmlowp(), TfliteInt64(), TfliteDouble(), TfliteMean(), TfliteAverage())
+ENGINE_RULES: dict[str, EngineRule] = {rule.name: rule for rule in _RULES}

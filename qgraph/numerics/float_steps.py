@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 _LOWEST_INT32 = float(-(1 << 31))
+_HIGHEST_FLOAT32 = float((1 << 31) - (1 << 7))  # the largest float32 below 2**31
 
 
 def fma32(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,11 @@ def to_int32(values: torch.Tensor) -> torch.Tensor:
     wide = values.double()
     fits = (wide >= _LOWEST_INT32) & (wide < -_LOWEST_INT32)
     return torch.where(fits, wide, _LOWEST_INT32).to(torch.int64)
+
+
+def whole32(values: torch.Tensor) -> torch.Tensor:
+    """Floating values as int64, rounded half to even, saturated at 32 bits before the conversion (float32's bounds)."""
+    return torch.round(values.clamp(_LOWEST_INT32, _HIGHEST_FLOAT32)).to(torch.int64)
 
 
 def wrap32(values: torch.Tensor) -> torch.Tensor:

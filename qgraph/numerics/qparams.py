@@ -200,15 +200,24 @@ def choose_qparams(
     return QParams(scale, qtype, zero_point, axis)
 
 
-def qparams_from_scale(scale: float, qtype: QType) -> QParams:
-    """Parameters with one given scale: real zero is code zero, or the middle code of an unsigned format.
+def qparams_from_scale(scale: float, qtype: QType, zero: int | None = None) -> QParams:
+    """Parameters with one given scale.
+
+    Args:
+        scale: finite and positive.
+        qtype: the format.
+        zero: code of real zero; if None, code zero, or the middle code of an unsigned format.
 
     Raises:
-        UserError: the scale is not finite and positive.
+        UserError: the scale is not finite and positive, or the zero point is no code.
     """
     if not 0.0 < scale < float("inf"):
         raise UserError(f"a fixed scale of {scale} is not usable", fix="give a finite scale > 0")
-    middle = 0 if qtype.signed else 1 << (qtype.bits - 1)
+    if zero is not None and not qtype.qmin <= zero <= qtype.qmax:
+        raise UserError(
+            f"a zero point of {zero} is no code of {qtype}", fix=f"give one between {qtype.qmin} and {qtype.qmax}"
+        )
+    middle = zero if zero is not None else 0 if qtype.signed else 1 << (qtype.bits - 1)
     zero_point = torch.tensor(middle, dtype=torch.int64) if middle else None
     return QParams(torch.tensor(scale, dtype=torch.float32), qtype, zero_point)
 

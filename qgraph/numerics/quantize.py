@@ -4,19 +4,37 @@ The float arithmetic is fixed, so that fake quantization and integer simulation 
 
     code = saturate(round_half_even(x * (1 / scale)) + zero_point)        1 / scale rounded to float32
     real = (code - zero_point) * scale                                    in float32
+
+Some engines add the zero point before they round, which moves ties where it is odd: `ZeroPoint`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 
 import torch
 
 from qgraph.errors import QuantizationError, UserError, did_you_mean
+from qgraph.numerics.float_steps import fma32, to_int32, wrap32
 from qgraph.numerics.formats import qint32
 from qgraph.numerics.qparams import QParams
 from qgraph.numerics.rounding import Rounding, round_float
+
+
+class ZeroPoint(str, Enum):
+    """Where a zero point is added."""
+
+    AFTER = ""
+    """To the rounded value."""
+    BEFORE = "before"
+    """To the float32 quotient, which rounds once more."""
+    FUSED = "fused"
+    """To the exact product with the reciprocal: one fused multiply-add."""
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -26,18 +44,48 @@ class QuantizeRule:
     Args:
         divides: whether it divides by the scale; else it multiplies by the scale's float32 reciprocal.
         rounding: rounding of the quotient.
+        zero: where the zero point is added.
+        through_int32: whether the steps pass an int32 register as on x86: what does not fit, and NaN, becomes
+            `-2**31`, and adding the zero point wraps. Otherwise steps saturate and NaN becomes real zero.
+
+    Raises:
+        UserError: a quotient is fused with nothing, or a zero point that enters before the rounding is added later.
     """
 
     divides: bool
     rounding: Rounding
+    zero: ZeroPoint = ZeroPoint.AFTER
+    through_int32: bool = False
+
+    def __post_init__(self) -> None:
+        if self.divides and self.zero is ZeroPoint.FUSED:
+            raise UserError("a division cannot be fused with an addition", fix="use reciprocal:fused")
+        if self.through_int32 and self.zero is not ZeroPoint.AFTER:
+            raise UserError("int32 steps take their zero point after the rounding", fix="leave out one of the two")
 
     def steps(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """float32 `values` in whole steps of a broadcastable `scale`, float32, without zero point."""
-        quotient = values / scale if self.divides else values * (1.0 / scale)
-        return round_float(quotient, self.rounding)
+        return round_float(self._quotient(values, scale), self.rounding)
+
+    def codes(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """Unsaturated codes of float32 `values`, float32; `scale` and `zero` broadcast. NaN becomes `zero`."""
+        if zero is None:
+            return self.steps(values, scale).nan_to_num_(0.0, float("inf"), float("-inf"))
+        real_zero = zero.to(torch.float32)
+        if self.zero is ZeroPoint.AFTER:
+            return self.steps(values, scale).nan_to_num_(0.0, float("inf"), float("-inf")) + real_zero
+        if self.zero is ZeroPoint.FUSED:
+            moved = fma32(values, 1.0 / scale, real_zero)
+        else:
+            moved = self._quotient(values, scale) + real_zero
+        return torch.where(moved.isnan(), real_zero, round_float(moved, self.rounding))
+
+    def _quotient(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return values / scale if self.divides else values * (1.0 / scale)
 
     def __str__(self) -> str:
-        return f"{'divide' if self.divides else 'reciprocal'}:{self.rounding}"
+        words = ("divide" if self.divides else "reciprocal", str(self.zero), str(self.rounding))
+        return ":".join(word for word in (*words, "int32" if self.through_int32 else "") if word)
 
 
 RECIPROCAL = QuantizeRule(False, Rounding.HALF_EVEN)
@@ -50,7 +98,11 @@ def parse_quantize_rule(text: str) -> QuantizeRule:
     Raises:
         UserError: the text names no rule.
     """
-    rules = {str(rule): rule for divides in (False, True) for rule in (QuantizeRule(divides, r) for r in Rounding)}
+    forms = [(divides, zero, False) for divides in (False, True) for zero in ZeroPoint]
+    forms.remove((True, ZeroPoint.FUSED, False))
+    forms += [(divides, ZeroPoint.AFTER, True) for divides in (False, True)]
+    every = (QuantizeRule(divides, way, zero, wide) for divides, zero, wide in forms for way in Rounding)
+    rules = {str(rule): rule for rule in every}
     if text not in rules:
         raise UserError(f"{text!r} is no way to quantize", fix=did_you_mean(text, rules))
     return rules[text]
@@ -60,7 +112,7 @@ def quantize(values: torch.Tensor, qparams: QParams, rule: QuantizeRule = RECIPR
     """Codes of `values`.
 
     Args:
-        values: float tensor of any shape; NaN becomes the code of real zero.
+        values: float tensor of any shape; NaN becomes the code of real zero unless the rule says otherwise.
         qparams: parameters of the result.
         rule: the float32 arithmetic.
 
@@ -72,10 +124,14 @@ def quantize(values: torch.Tensor, qparams: QParams, rule: QuantizeRule = RECIPR
     """
     if qparams.qtype.bits > 32:
         raise QuantizationError(f"real numbers are not quantized to {qparams.qtype}", fix="use at most 32 bits")
-    steps = rule.steps(values.to(torch.float32), qparams.shaped(qparams.scale, values.dim()))
-    codes = steps.nan_to_num_(0.0, float("inf"), float("-inf"))
-    if qparams.zero_point is not None:
-        codes = codes + qparams.shaped(qparams.zero_point, values.dim()).to(torch.float32)
+    rank = values.dim()
+    scale = qparams.shaped(qparams.scale, rank)
+    if rule.through_int32:
+        steps = to_int32(rule.steps(values.to(torch.float32), scale))
+        whole = wrap32(steps + qparams.shaped(qparams.zero_points(), rank))
+        return qparams.qtype.saturate(whole).to(qparams.qtype.storage)
+    zero = None if qparams.zero_point is None else qparams.shaped(qparams.zero_point, rank)
+    codes = rule.codes(values.to(torch.float32), scale, zero)
     return _saturated_cast(codes, qparams)
 
 

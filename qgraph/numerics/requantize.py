@@ -20,6 +20,8 @@ from typing import TypeAlias
 import torch
 
 from qgraph.errors import QuantizationError, UserError, did_you_mean
+from qgraph.numerics.aten import ATEN_RULES
+from qgraph.numerics.engine_softmax import ENGINE_SOFTMAXES, EngineSoftmax
 from qgraph.numerics.engine_sums import ENGINE_SUMS, EngineSum
 from qgraph.numerics.engines import ENGINE_RULES, EngineRule
 from qgraph.numerics.factor import Factor
@@ -182,7 +184,7 @@ class RequantizeRule:
         return f"{self.form}:{self.bits}:{first}{self.rounding}"
 
 
-Rule: TypeAlias = RequantizeRule | EngineRule | EngineSum
+Rule: TypeAlias = RequantizeRule | EngineRule | EngineSum | EngineSoftmax
 
 
 @lru_cache(maxsize=256)
@@ -192,7 +194,7 @@ def parse_rule(text: str) -> Rule:
     Raises:
         UserError: the text names no rule.
     """
-    engines: dict[str, Rule] = {**ENGINE_RULES, **ENGINE_SUMS}
+    engines: dict[str, Rule] = {**ENGINE_RULES, **ATEN_RULES, **ENGINE_SUMS, **ENGINE_SOFTMAXES}
     if text in engines:
         return engines[text]
     form_name, *rest = text.split(":")

@@ -16,25 +16,33 @@ import torch
 from qgraph.errors import UserError
 from qgraph.numerics.formats import QType
 from qgraph.numerics.qparams import QParams
-from qgraph.numerics.quantize import dequantize, quantize
+from qgraph.numerics.quantize import RECIPROCAL, QuantizeRule, dequantize, quantize
 from qgraph.numerics.rounding import Rounding, rounding_shift_right
 
 ScalarFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def build_table(
-    function: ScalarFunction, source: QParams, result: QParams, *, entries: int | None = None
+    function: ScalarFunction,
+    source: QParams,
+    result: QParams,
+    *,
+    entries: int | None = None,
+    rule: QuantizeRule = RECIPROCAL,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """The table of an elementwise `function` between two formats.
 
-    The function is evaluated in float64 on the dequantized codes, then quantized. Where it is infinite the
+    The function is evaluated on the dequantized codes, then quantized. Where it is infinite the
     entry saturates; where it is NaN (outside its domain) the entry is code of real zero.
 
     Args:
-        function: maps float64 tensors elementwise.
+        function: maps tensors elementwise.
         source: parameters of the input, one scale per tensor.
         result: parameters of the output, one scale per tensor.
         entries: number of intervals, a power of two; None for one entry per code.
+        rule: how values become codes.
+        dtype: precision in which the function sees the codes' reals.
 
     Returns:
         Integer tensor in the output's storage dtype: `[2**bits]` entries of a full table, or
@@ -48,8 +56,8 @@ def build_table(
         check_intervals(entries, qtype)
     step = 1 if entries is None else (1 << qtype.bits) // entries
     # Interpolation needs the entry at qmax + 1, which is a real number though not a code.
-    codes = torch.arange(qtype.qmin, qtype.qmax + (1 if step == 1 else 2), step, dtype=torch.float64)
-    return quantize(evaluated(function, codes, source, result), result)
+    codes = torch.arange(qtype.qmin, qtype.qmax + (1 if step == 1 else 2), step, dtype=dtype)
+    return quantize(evaluated(function, codes, source, result), result, rule)
 
 
 def build_steps(function: ScalarFunction, source: QParams, result: QParams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +84,7 @@ def build_steps(function: ScalarFunction, source: QParams, result: QParams) -> t
 
 
 def evaluated(function: ScalarFunction, codes: torch.Tensor, source: QParams, result: QParams) -> torch.Tensor:
-    """`function` at `codes` (float64, any shape): float32 of the same shape, without infinities and NaN.
+    """`function` at `codes` (float64 or float32, any shape): float32 of the same shape, without infinities and NaN.
 
     Raises:
         UserError: there are scales per channel.

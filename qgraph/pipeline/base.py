@@ -14,9 +14,9 @@ Run passes through a `Pipeline` (one is enough): it checks order, verifies the r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from torch import fx
 
@@ -57,6 +57,9 @@ def close(rtol: float) -> Numerics:
     return Numerics(rtol)
 
 
+Execute: TypeAlias = Callable[[fx.GraphModule, ExampleInputs], Any]
+
+
 @dataclass
 class PassContext:
     """What a pass may know besides the graph.
@@ -65,11 +68,13 @@ class PassContext:
         example: example inputs; passes that need values or shapes run the graph on them.
         target: the hardware, for passes that decide or lower.
         setters: the user's quantization choices, highest priority first.
+        execute: faster ways to run graphs of some stages for numeric checks; bit-identical to calling them.
     """
 
     example: ExampleInputs | None = None
     target: Target | None = None
     setters: tuple[QConfigSetter, ...] = ()
+    execute: Mapping[Stage, Execute] = field(default_factory=dict)
 
     def edit(self, gm: fx.GraphModule, owner: Pass) -> Editor:
         """The editor through which `owner` changes `gm`."""
@@ -105,6 +110,7 @@ class Pass(ABC):
         ensures: properties it establishes.
         breaks: properties that no longer hold after it.
         keeps: what it promises about the numbers.
+        annotates: whether it only writes records, so that nothing is computed differently.
     """
 
     name: ClassVar[str]
@@ -114,6 +120,7 @@ class Pass(ABC):
     ensures: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     keeps: ClassVar[Numerics] = EXACT
+    annotates: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from qgraph.errors import NumericCheckError
 from qgraph.ir.evaluate import evaluate
 from qgraph.ir.node_info import ExampleInputs, graph_info, info, where
-from qgraph.pipeline.base import Numerics, Pass
+from qgraph.pipeline.base import Execute, Numerics, Pass
 
 _FLIPS = 0.01  # share of integer results (argmax, comparisons) that may differ where floats may
 
@@ -39,10 +39,14 @@ class Difference:
         return f"{self.place} differs by {self.worst:.3g} ({relative:.2g} of its largest magnitude)"
 
 
-def run_example(gm: fx.GraphModule, example: ExampleInputs) -> Any:
-    """The graph's outputs on the example inputs, always the same: random draws are seeded, state is left alone."""
+def run_example(gm: fx.GraphModule, example: ExampleInputs, execute: Execute | None = None) -> Any:
+    """The graph's outputs on the example inputs, always the same: random draws are seeded, state is left alone.
+
+    `execute` is a faster way to run it, bit-identical.
+    """
     with _seeded(), torch.no_grad(), _without_attention_fast_path():
-        return evaluate(_disposable(gm), example.args, example.kwargs)
+        graph = _disposable(gm)
+        return evaluate(graph, example.args, example.kwargs) if execute is None else execute(graph, example)
 
 
 @contextmanager

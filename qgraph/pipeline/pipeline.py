@@ -311,8 +311,8 @@ class _Runner:
         expected = graph_info(gm).expected
         if expected is not None:
             self.reference = expected
-        elif self.checks >= CheckLevel.NUMERICS and self.ctx.example is not None:
-            self.reference = run_example(gm, self.ctx.example)
+        elif self.checks >= CheckLevel.NUMERICS and self.ctx.example is not None and not _redefined(pipeline):
+            self.reference = self._outputs(gm, self.ctx.example)
         current, changed = self._run_members(pipeline, gm if in_place else copy_graph(gm))
         drop_unused_modules(current)
         current.recompile()
@@ -401,7 +401,7 @@ class _Runner:
 
     def _compare(self, member: Pass, gm: fx.GraphModule) -> None:
         assert self.ctx.example is not None
-        outputs = run_example(gm, self.ctx.example)
+        outputs = self._outputs(gm, self.ctx.example)
         if self.reference is not _UNKNOWN and not member.keeps.redefines:
             try:
                 check_numerics(member, gm, self.ctx.example, self.reference, outputs)
@@ -410,9 +410,18 @@ class _Runner:
                 raise
         self.reference = outputs
 
+    def _outputs(self, gm: fx.GraphModule, example: ExampleInputs) -> Any:
+        return run_example(gm, example, self.ctx.execute.get(graph_info(gm).stage))
+
     def _progress(self, member: Pass) -> str:
         ran = ", ".join(report.name for report in self.reports) or "none"
         return f"passes that ran before {member.name}: {ran}"
+
+
+def _redefined(pipeline: Pipeline) -> bool:
+    """Whether a pass redefines the outputs before any other changes them: then nobody needs the old ones."""
+    first = next((member for member in pipeline.flat() if not member.annotates), None)
+    return first is not None and first.keeps.redefines
 
 
 def _record_run(member: Pass, result: PassResult) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import fx, nn
 
 from qgraph.capture.copying import own_tensors
 from qgraph.errors import UserError
 from qgraph.ir.copying import copy_graph
-from qgraph.ir.node_info import graph_info, submodule_at, update_graph_info
+from qgraph.ir.node_info import ExampleInputs, graph_info, submodule_at, update_graph_info
 from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
 from qgraph.nn import Fused, clone_module
@@ -17,6 +18,7 @@ from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
 from qgraph.quantization.prepare import require_pipeline, require_stage
 from qgraph.quantization.sites import require_float32, require_prepared, set_fake_quantize
 from qgraph.quantization.states import FakeQuantState
+from qgraph.simulator import Simulator
 from qgraph.targets import target_of
 
 CONVERT = "freeze-qparams,lower-to-integer,clean-up-integer"
@@ -64,13 +66,17 @@ def convert(
     with paused_collection():
         frozen = _settled_copy(gm)
         target = target_of(gm)
-        ctx = PassContext(example=graph_info(gm).example, target=target)
+        ctx = PassContext(example=graph_info(gm).example, target=target, execute={Stage.INTEGER: _simulated})
         chosen = pipeline or convert_pipeline(strict=strict)
         result = chosen.run(frozen, ctx, checks=checks, observers=observers, in_place=True)
         own_tensors(result.gm, gm)
     require_stage(result.gm, Stage.INTEGER, chosen)
     update_graph_info(result.gm, expected=None)
     return result.gm
+
+
+def _simulated(gm: fx.GraphModule, example: ExampleInputs) -> Any:
+    return Simulator(gm)(*example.args, **example.kwargs)
 
 
 def freeze(model: fx.GraphModule) -> fx.GraphModule:

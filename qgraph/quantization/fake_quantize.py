@@ -19,11 +19,12 @@ class FakeQuantize(nn.Module):
         qtype: integer format of the codes.
         observer: finds the range; None with `fixed_scale`.
         fixed_scale: a scale that no state ever changes.
+        fixed_zero: the zero point that goes with it; that of `qparams_from_scale` if None.
         scheme: how a range becomes scale and zero point.
 
     Buffers:
         scale: float32 `[]` or `[C]`; empty before the scale is known.
-        zero_point: int64 of the same shape, for affine sites only.
+        zero_point: int64 of the same shape, for affine sites and those with a fixed zero point only.
     """
 
     scale: torch.Tensor
@@ -36,6 +37,7 @@ class FakeQuantize(nn.Module):
         observer: Observer | None,
         *,
         fixed_scale: float | None = None,
+        fixed_zero: int | None = None,
         scheme: Scheme = Scheme.SYMMETRIC,
     ) -> None:
         super().__init__()
@@ -46,11 +48,12 @@ class FakeQuantize(nn.Module):
         self.state = FakeQuantState.FLOAT
         self.scheme = scheme
         self.register_buffer("scale", torch.zeros(0))
-        empty = torch.zeros(0, dtype=torch.int64) if scheme is Scheme.AFFINE else None
+        has_zero = scheme is Scheme.AFFINE or fixed_zero is not None
+        empty = torch.zeros(0, dtype=torch.int64) if has_zero else None
         self.register_buffer("zero_point", empty)
         self._cached: QParams | None = None
         if fixed_scale is not None:
-            self._keep(qparams_from_scale(fixed_scale, qtype))
+            self._keep(qparams_from_scale(fixed_scale, qtype, fixed_zero))
         elif observer is None:
             raise QuantizationError(f"site {site} has neither an observer nor a fixed scale")
 
@@ -93,7 +96,7 @@ class FakeQuantize(nn.Module):
 
     def _keep(self, qparams: QParams) -> None:
         self.scale = qparams.scale
-        if self.scheme is Scheme.AFFINE:
+        if self.zero_point is not None:
             self.zero_point = qparams.zero_points()
         self._cached = qparams
 

@@ -82,7 +82,7 @@ def _rate(target: Target, unit: str, node: fx.Node, gm: fx.GraphModule, formats:
 
 
 def _weight(node: fx.Node, gm: fx.GraphModule) -> torch.Tensor | None:
-    if integer_name(node.target) in ("conv", "linear"):
+    if integer_name(node.target) in ("conv", "conv_pairs", "linear"):
         weight = node.args[1]
         return tensor_at(gm, str(weight.target)) if isinstance(weight, fx.Node) else None
     return weight_of(node)

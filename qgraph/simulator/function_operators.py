@@ -16,6 +16,7 @@ SCHEMAS: dict[str, str] = {
     "int y_zero=0) -> Tensor",
     "lookup_segments": "(Tensor x, Tensor entries, Tensor starts, Tensor shifts, *, str source, int fraction_bits, "
     "str format) -> Tensor",
+    "lookup_two": "(Tensor x, Tensor tables, *, str source) -> Tensor",
     "lookup_steps": "(Tensor x, Tensor thresholds, Tensor values) -> Tensor",
     "prelu": f"(Tensor x, {_FACTORS}, *, {_BOUNDS}) -> Tensor",
 }
@@ -23,6 +24,7 @@ SCHEMAS: dict[str, str] = {
 FAKES: dict[str, Any] = {
     "compare": lambda x, y, *_, **__: x.new_empty(torch.broadcast_shapes(x.shape, y.shape), dtype=torch.bool),
     "lookup_segments": lambda x, *_, format, **__: x.new_empty(x.shape, dtype=parse_qtype(format).storage),
+    "lookup_two": lambda x, tables, *, source: x.new_empty(x.shape, dtype=tables.dtype),
     "lookup_steps": lambda x, thresholds, values: x.new_empty(x.shape, dtype=values.dtype),
     "prelu": lambda x, *_, format, **__: x.new_empty(x.shape, dtype=parse_qtype(format).storage),
 }

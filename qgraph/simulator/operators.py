@@ -30,12 +30,16 @@ SCHEMAS: dict[str, str] = {
     "requantize": f"(Tensor x, Tensor multiplier, Tensor? shift, Tensor? offset, *, {_BOUNDS}) -> Tensor",
     "conv": f"(Tensor x, Tensor weight, {_PRODUCT}, *, int[] stride, int[] padding, int[] dilation, "
     f"int[] output_padding, bool transposed, int groups, {_RESIDUAL}) -> Tensor",
+    "conv_pairs": "(Tensor x, Tensor weight, Tensor? bias, Tensor multiplier, Tensor? shift, *, int[] stride, "
+    f"int[] padding, {_BOUNDS}) -> Tensor",
     "linear": f"(Tensor x, Tensor weight, {_PRODUCT}, *, {_RESIDUAL}) -> Tensor",
     "matmul": f"(Tensor x, Tensor y, Tensor? multiplier, Tensor? shift, *, {_TWO}) -> Tensor",
     "add": "(Tensor x, Tensor y, Tensor multiplier_x, Tensor multiplier_y, Tensor? shift, "
     f"Tensor? multiplier=None, *, {_TWO}) -> Tensor",
     "mul": f"(Tensor x, Tensor y, Tensor multiplier, Tensor? shift, *, {_TWO}) -> Tensor",
     "lookup": "(Tensor x, Tensor table, *, str source) -> Tensor",
+    "softmax": "(Tensor x, Tensor multiplier, Tensor? shift, *, int dim, str arithmetic, int low, int high, "
+    "str format, int zero=0) -> Tensor",
     "clamp": "(Tensor x, *, int low, int high, str format) -> Tensor",
     "max_pool": f"(Tensor x, *, {_WINDOW}, int[] dilation, bool ceil_mode) -> Tensor",
     "avg_pool": f"(Tensor x, Tensor multiplier, Tensor? shift, *, {_WINDOW}, int[] output_size, {_BOUNDS}) -> Tensor",
@@ -67,6 +71,11 @@ def _fake_conv(x, weight, bias, residual, multiplier, shift, residual_multiplier
     return _like(x, out, options["format"])
 
 
+def _fake_conv_pairs(x, weight, bias, multiplier, shift, *, stride, padding, format, **options):  # type: ignore[no-untyped-def]
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    return _like(x, [x.shape[0], weight.shape[0], *((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)], format)
+
+
 def _fake_max_pool(x, **options):  # type: ignore[no-untyped-def]
     rank = len(options["kernel_size"])
     return x.new_empty([*x.shape[:-rank], *max_pool_size(x.shape[-rank:], **options)])
@@ -88,11 +97,13 @@ FAKES: dict[str, Any] = {
     "dequantize": lambda x, scale, *, axis, **_: x.new_empty(x.shape, dtype=torch.float32),
     "requantize": lambda x, m, s, o, *, format, **_: _like(x, torch.broadcast_shapes(x.shape, m.shape), format),
     "conv": _fake_conv,
+    "conv_pairs": _fake_conv_pairs,
     "linear": lambda x, weight, *_, format, **__: _like(x, [*x.shape[:-1], weight.shape[0]], format),
     "matmul": lambda x, y, *_, format, **__: _like(x, _matmul_shape(x, y), format),
     "add": lambda x, y, *_, format, **__: _like(x, torch.broadcast_shapes(x.shape, y.shape), format),
     "mul": lambda x, y, *_, format, **__: _like(x, torch.broadcast_shapes(x.shape, y.shape), format),
     "lookup": lambda x, table, *, source: x.new_empty(x.shape, dtype=table.dtype),
+    "softmax": lambda x, multiplier, shift, *, format, **_: _like(x, x.shape, format),
     "clamp": lambda x, *, low, high, format: _like(x, x.shape, format),
     "max_pool": _fake_max_pool,
     "avg_pool": _fake_pool,

@@ -116,6 +116,8 @@ class Program:
         return self._plain(node, wanted)
 
     def _prepared(self, node: fx.Node, kernel: PreparedKernel) -> Callable[[Values, KernelTrace | None], Any]:
+        if isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr":
+            raise NoFastForm("its first operand is a constant")
         args = tuple(self._known(argument) for argument in node.args)
         call = KernelCall(integer_name(node.target) or "", args, dict(node.kwargs))
         run = kernel.prepare(call)

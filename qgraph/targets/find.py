@@ -7,7 +7,6 @@ file, or a function that returns one of them.
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib import resources
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from torch import fx
 
 from qgraph.errors import QGraphError, TargetError, did_you_mean
 from qgraph.ir.node_info import graph_info
+from qgraph.targets.inherit import BUILT_IN, built_in_text, read_file
 from qgraph.targets.parse import parse_target
 from qgraph.targets.target import Target
 
 ENTRY_POINT_GROUP = "qgraph.targets"
-BUILT_IN = ("bpu", "onnxruntime")
 
 
 def get_target(target: Target | str | Path) -> Target:
@@ -63,17 +62,13 @@ def load_target(path: Path) -> Target:
     Raises:
         TargetError: the file cannot be read or is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(f"the target file {path} cannot be read", why=f"{type(error).__name__}: {error}") from error
-    return parse_target(text, origin=str(path))
+    return parse_target(read_file(path), origin=str(path), folder=path.parent)
 
 
 @lru_cache
 def _built_in(name: str) -> Target:
-    text = resources.files("qgraph.targets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return parse_target(text, origin=f"{name}.toml of qgraph")
+    text, origin = built_in_text(name)
+    return parse_target(text, origin=origin)
 
 
 def _entry_points() -> dict[str, EntryPoint]:

@@ -216,7 +216,7 @@ def _words_fit_steps(target: Target) -> Iterator[Finding]:
                 yield _error("[arithmetic]", f"{name}: {word.rule} rescales single products", "use it for products")
         elif isinstance(word.rule, EngineSum):
             yield _error("[arithmetic]", f"{name}: {word.rule} adds two terms, it rescales none", "use it for sum")
-        elif isinstance(word.rule, OneDnn) and "." not in name:
+        elif isinstance(word.rule, OneDnn) and "." not in name and name != "many_groups":
             yield _error("[arithmetic]", f"{name}: {word.rule} knows convolutions and linear only", "name the operator")
     if target.residual and isinstance(target.step("sum").rule, EngineSum):
         yield _error("[fusion]", f"residual is true, and {target.step('sum')} adds two codes only", "residual = false")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
+import re
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from qgraph.errors import QGraphError, TargetError, did_you_mean
 from qgraph.ir.op_table import OPS
@@ -12,40 +16,45 @@ from qgraph.numerics import (
     Arithmetic,
     Format,
     QType,
+    QuantizeRule,
     Scheme,
     SegmentForm,
+    TwoTables,
     check_intervals,
     parse_arithmetic,
     parse_format,
     parse_qtype,
     parse_quantize_rule,
+    qparams_from_scale,
 )
-from qgraph.targets.target import FACTORS, LegalFormats, Memory, OpRule, Target
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from qgraph.targets.inherit import resolved
+from qgraph.targets.target import FACTORS, Functions, LegalFormats, Memory, OpRule, TableForm, Target
 
 _Parsed = TypeVar("_Parsed")
 
 
-def parse_target(text: str, *, origin: str) -> Target:
+def parse_target(text: str, *, origin: str, folder: Path | None = None) -> Target:
     """The target a TOML text describes.
+
+    Args:
+        text: what the file holds.
+        origin: the file, for messages.
+        folder: where the path of a base starts; the current folder if None.
 
     Raises:
         TargetError: malformed TOML, unknown or missing keys, or values that make no sense.
     """
-    try:
-        table = _Table(tomllib.loads(text), origin)
-    except tomllib.TOMLDecodeError as error:
-        raise TargetError("the target file is not TOML", where=origin, why=str(error)) from error
+    return _target(resolved(text, origin, folder, _target), origin)
+
+
+def _target(data: Mapping[str, Any], origin: str) -> Target:
+    table = _Table(data, origin)
     table.allow(KEYS)
     units = _units(table.table("units"))
     activations, weights = table.table("activations"), table.table("weights")
     tables, arithmetic = table.table("tables"), table.table("arithmetic")
     sampling, memory, fusion = table.table("sampling"), table.table("memory"), table.table("fusion")
-    sampling.allow({"weight_bits"})
+    sampling.allow({"weight_bits", "positions"})
     fusion.allow({"residual"})
     ops = _ops(table.tables("ops"), units)
     return Target(
@@ -57,10 +66,14 @@ def parse_target(text: str, *, origin: str) -> Target:
         weight_per_channel=weights.flag("per_channel"),
         bias=weights.understood(lambda: parse_format(weights.text("bias"))),
         residual=fusion.flag("residual"),
-        quantize_rule=arithmetic.understood(lambda: parse_quantize_rule(arithmetic.text("quantize"))),
+        many_groups=_many_groups(table, arithmetic),
+        quantize_rule=_quantize_rule(arithmetic, "quantize"),
+        bound_rule=_quantize_rule(arithmetic, "bounds" if "bounds" in arithmetic.data else "quantize"),
         factors=_factors(arithmetic, ops),
         tables={name: _table_form(tables, name) for name in tables.data},
+        functions=_functions(table.table("functions"), ops) if "functions" in table.data else Functions(),
         weight_bits=int(sampling.number("weight_bits", whole=True)),
+        integer_positions="positions" in sampling.data and _choice(sampling, "positions", _POSITIONS) == "integer",
         arithmetic=_steps(arithmetic, ops),
         ops=ops,
         units=units,
@@ -76,14 +89,18 @@ KEYS = (
     "activations",
     "weights",
     "fusion",
+    "convolution",
     "tables",
+    "functions",
     "sampling",
     "arithmetic",
     "ops",
     "units",
     "memory",
 )
-STEPS = ("product", "sum", "sample")  # the lowerings of qgraph need these; others may need more
+_POSITIONS = ("float32", "integer")
+_FORMAT = re.compile(r"u?int[0-9]+")
+STEPS = ("product", "sum")  # the lowerings of qgraph need these; others may need more
 
 
 class _Table:
@@ -172,9 +189,23 @@ def _factors(arithmetic: _Table, ops: Collection[str]) -> dict[str, str]:
     return found
 
 
+def _many_groups(table: _Table, arithmetic: _Table) -> int | None:
+    """How many groups a convolution may have before it takes another step."""
+    if "convolution" not in table.data:
+        return None
+    convolution = table.table("convolution")
+    convolution.allow({"many_groups"})
+    arithmetic.text("many_groups")
+    return int(convolution.number("many_groups", whole=True))
+
+
 def _check_op(name: str, ops: Collection[str], arithmetic: _Table) -> None:
-    op, dot, _ = name.rpartition(".")
-    if dot and op not in ops:
+    """Refuses `op.step` where the target has no such operator; `step`, `step.format`, `op.step.format` are others."""
+    parts = name.split(".")
+    if len(parts) > 1 and _FORMAT.fullmatch(parts[-1]):
+        arithmetic.understood(lambda: parse_qtype(parts.pop()))
+    op = ".".join(parts[:-1])
+    if op and op not in ops:
         raise TargetError(f"there is no operator {op!r}", where=arithmetic.origin, fix=did_you_mean(op, ops))
 
 
@@ -184,11 +215,18 @@ def _steps(table: _Table, ops: Collection[str]) -> dict[str, Arithmetic]:
         table.text(step)
     steps = {}
     for name in table.data:
-        if name == "quantize" or name.endswith("factors"):
+        if name in ("quantize", "bounds") or name.endswith("factors"):
             continue
         _check_op(name, ops, table)
         steps[name] = _arithmetic(table, name)
     return steps
+
+
+def _choice(table: _Table, key: str, known: Collection[str]) -> str:
+    word = table.text(key)
+    if word not in known:
+        raise TargetError(f"{key} is {word!r}", where=table.origin, fix=did_you_mean(word, known))
+    return word
 
 
 def _memories(table: _Table) -> dict[str, Memory]:
@@ -204,20 +242,69 @@ def _memories(table: _Table) -> dict[str, Memory]:
     return levels
 
 
+def _quantize_rule(table: _Table, key: str) -> QuantizeRule:
+    word = table.text(key)
+    return table.understood(lambda: parse_quantize_rule(word))
+
+
 def _arithmetic(table: _Table, step: str) -> Arithmetic:
     word = table.text(step)
     return table.understood(lambda: parse_arithmetic(word))
 
 
-def _table_form(table: _Table, name: str) -> int | SegmentForm | None:
+def _table_form(table: _Table, name: str) -> TableForm:
     qtype = table.understood(lambda: parse_qtype(name))
     if table.data[name] == "full":
         return None
+    if table.data[name] == str(TwoTables()):
+        return TwoTables()
     if isinstance(table.data[name], dict):
         return _segments(_Table(table.data[name], f"{table.origin}, {name}"), qtype)
     count = int(table.number(name, whole=True))
     table.understood(lambda: check_intervals(count, qtype))
     return count
+
+
+def _functions(table: _Table, ops: Collection[str]) -> Functions:
+    """How function tables are made."""
+    table.allow({"values", "quantize", "rescale", "module"})
+    precisions = {"float32": torch.float32, "float64": torch.float64}
+    if table.text("values") not in precisions:
+        raise table.wrong("values", " or ".join(precisions))
+    return Functions(
+        values=precisions[table.text("values")],
+        quantize=table.understood(lambda: parse_quantize_rule(table.text("quantize"))),
+        rescale=table.flag("rescale"),
+        own=_from_module(table, "FUNCTIONS", ops),
+        tables=_from_module(table, "TABLES", ops),
+    )
+
+
+def _from_module(table: _Table, kind: str, ops: Collection[str]) -> Mapping[str, Callable[..., torch.Tensor]]:
+    """`FUNCTIONS` or `TABLES` of the Python module the file names; a module may have one of them only."""
+    if "module" not in table.data:
+        return {}
+    name = table.text("module")
+    try:
+        module = importlib.import_module(name)
+        own = getattr(module, kind, None)
+        if own is None and not hasattr(module, "TABLES" if kind == "FUNCTIONS" else "FUNCTIONS"):
+            raise AttributeError("it has neither FUNCTIONS nor TABLES")
+    except (ImportError, AttributeError) as error:
+        raise TargetError(
+            f"the functions of {name!r} cannot be read",
+            where=table.origin,
+            why=f"{type(error).__name__}: {error}",
+            fix="name an importable module with a dictionary FUNCTIONS or TABLES from operator names to functions",
+        ) from error
+    for op in own or ():
+        if op not in ops:
+            raise TargetError(
+                f"{name} has a function for {op!r}, which the target does not run",
+                where=table.origin,
+                fix=did_you_mean(op, ops),
+            )
+    return dict(own or {})
 
 
 def _segments(table: _Table, qtype: QType) -> SegmentForm:
@@ -252,11 +339,11 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal"})
+        entry.allow({"names", "unit", "legal", "numbers", "global_only", "same_scale", "fixed_result"})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
-        rule = OpRule(unit, tuple(_legal(line, entry) for line in entry.texts("legal")))
+        rule = _op_rule(entry, unit)
         for name in entry.texts("names"):
             if name in ops:
                 raise TargetError(f"operator {name!r} is described twice", where=entry.origin)
@@ -266,6 +353,43 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
                 )
             ops[name] = rule
     return ops
+
+
+def _op_rule(entry: _Table, unit: str) -> OpRule:
+    legal = tuple(_legal(line, entry) for line in entry.texts("legal"))
+    same, whole = (name in entry.data and entry.flag(name) for name in ("same_scale", "global_only"))
+    numbers = entry.flag("numbers") if "numbers" in entry.data else True
+    if "fixed_result" not in entry.data:
+        return OpRule(unit, legal, global_only=whole, same_scale=same, numbers=numbers)
+    if same:
+        raise TargetError(
+            "a result keeps its operand's scale and has a fixed one",
+            where=entry.origin,
+            fix="give same_scale or fixed_result, not both",
+        )
+    fixed, results = entry.table("fixed_result"), {str(f): f for line in legal for f in line.results}
+    for name in fixed.data:
+        if name not in results:
+            raise TargetError(
+                f"{name!r} is no format of the result", where=fixed.origin, fix=did_you_mean(name, results)
+            )
+    return OpRule(
+        unit,
+        legal,
+        global_only=whole,
+        fixed_result={name: _scale_and_zero(fixed, name) for name in fixed.data},
+        numbers=numbers,
+    )
+
+
+def _scale_and_zero(table: _Table, name: str) -> tuple[float, int]:
+    qtype, given = table.understood(lambda: parse_qtype(name)), table.data[name]
+    kinds = [type(value) for value in given] if isinstance(given, list) else []
+    if len(kinds) != 2 or kinds[0] not in (int, float) or kinds[1] is not int:
+        raise table.wrong(name, "a list of scale and zero point")
+    scale, zero = float(given[0]), given[1]
+    table.understood(lambda: qparams_from_scale(scale, qtype, zero))
+    return scale, zero
 
 
 def _legal(line: str, entry: _Table) -> LegalFormats:

@@ -7,16 +7,20 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
 from qgraph.errors import TargetError, did_you_mean
-from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, SegmentForm
+from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, SegmentForm, TwoTables
 
 RECIPROCAL_FACTORS = "float32_reciprocal"
-FACTORS = ("float32", "float64", RECIPROCAL_FACTORS)
+PRODUCT_FACTORS = "float32_product"
+FACTORS = ("float32", "float64", RECIPROCAL_FACTORS, PRODUCT_FACTORS)
+
+TableForm: TypeAlias = int | SegmentForm | TwoTables | None
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,42 @@ class OpRule:
     Args:
         unit: the part of the device that runs it.
         legal: legal combinations of formats.
+        same_scale: whether the result has scale, zero point and format of the first operand.
+        fixed_result: result format to the scale and zero point the device always gives it.
+        global_only: an average runs only over all of a channel's positions, with one result each.
+        numbers: whether an operand may be a number instead of codes.
     """
 
     unit: str
     legal: tuple[LegalFormats, ...]
+    same_scale: bool = False
+    fixed_result: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    global_only: bool = False
+    numbers: bool = True
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""
         given = tuple(operands)
         return any(line.accepts(given, result) for line in self.legal)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """How entries of function tables are made.
+
+    Args:
+        values: precision in which a function sees its input and computes.
+        quantize: how its values become codes; None for the target's general rule.
+        rescale: whether a change of scale, and any other function of one value and numbers, is a table too.
+        own: functions of the engine itself by operator, called as the operator's `scalar_function` is.
+        tables: whole tables by operator, one entry per code, from the parameters of operand and result, and options.
+    """
+
+    values: torch.dtype = torch.float64
+    quantize: QuantizeRule | None = None
+    rescale: bool = False
+    own: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+    tables: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,12 +112,17 @@ class Target:
         weight_per_channel: whether weights have a scale per output channel.
         bias: format of a bias.
         residual: whether a convolution or linear adds another value before it rescales.
+        many_groups: a convolution of more groups takes the step `many_groups` instead of `product`; None if none does.
         quantize_rule: how real numbers become codes.
+        bound_rule: how the bounds of clamps and activations become codes.
         factors: how scales become one factor: precision, and whether it divides; `op.factors` for single operators.
         tables: form of a function table by input format: None for one entry per code, a number of even intervals, or
             segments.
+        functions: how entries of function tables are made.
         weight_bits: fractional bits of bilinear interpolation weights.
-        arithmetic: named steps and how they accumulate and rescale; `op.step` for a step of one operator.
+        integer_positions: whether positions of resizing are integers in units of these bits; else float32 as in torch.
+        arithmetic: named steps and how they accumulate and rescale; `op.step` for a step of one operator,
+            `step.format` and `op.step.format` for operands of one format.
         ops: operator name to its rule.
         units: unit to operand formats to work per cycle.
         memories: levels by name; `ddr` is the one every value passes.
@@ -101,15 +137,19 @@ class Target:
     weight_per_channel: bool
     bias: Format
     residual: bool
+    many_groups: int | None
     quantize_rule: QuantizeRule
+    bound_rule: QuantizeRule
     factors: Mapping[str, str]
-    tables: Mapping[str, int | SegmentForm | None]
+    tables: Mapping[str, TableForm]
     weight_bits: int
+    integer_positions: bool
     arithmetic: Mapping[str, Arithmetic]
     ops: Mapping[str, OpRule]
     units: Mapping[str, Mapping[str, float]]
     memories: Mapping[str, Memory]
     clock_hz: float
+    functions: Functions = Functions()
     origin: str = field(default="", compare=False)
 
     @property
@@ -144,23 +184,22 @@ class Target:
         """What the target says of an operator; None if it cannot run it."""
         return self.ops.get(op)
 
-    def step(self, name: str, op: str = "") -> Arithmetic:
-        """The arithmetic of a named step, of an operator where the target tells it apart.
+    def step(self, name: str, op: str = "", source: QType | None = None) -> Arithmetic:
+        """The arithmetic of a named step, of an operator and an operand's format where the target tells them apart.
 
         Raises:
             TargetError: the target does not define it.
         """
-        if f"{op}.{name}" in self.arithmetic:
-            return self.arithmetic[f"{op}.{name}"]
-        if name == "rescale" and name not in self.arithmetic:
-            return self.step("product", op)
-        if name not in self.arithmetic:
-            raise TargetError(
-                f"target {self.name} defines no arithmetic for {name!r}",
-                where=self.origin,
-                fix=did_you_mean(name, self.arithmetic),
-            )
-        return self.arithmetic[name]
+        for key in (f"{op}.{name}.{source}", f"{op}.{name}", f"{name}.{source}", name):
+            if key in self.arithmetic:
+                return self.arithmetic[key]
+        if name == "rescale":
+            return self.step("product", op, source)
+        raise TargetError(
+            f"target {self.name} defines no arithmetic for {name!r}",
+            where=self.origin,
+            fix=did_you_mean(name, self.arithmetic),
+        )
 
     def factor(self, op: str, *scales: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """`s1 * s2 * ... / s` for an operator, each step in the target's precision; float64.
@@ -172,13 +211,14 @@ class Target:
         """
         word = self.factors.get(f"{op}.factors", self.factors["factors"])
         dtype = torch.float64 if word == "float64" else torch.float32
+        result = result.double() if word == PRODUCT_FACTORS else result
         total = scales[0].to(dtype)
         for scale in scales[1:]:
             total = total * scale.to(dtype)
-        divisor = result.to(dtype)
+        divisor = result if word == PRODUCT_FACTORS else result.to(dtype)
         return (total * (1.0 / divisor) if word == RECIPROCAL_FACTORS else total / divisor).double()
 
-    def table_form(self, source: QType) -> int | SegmentForm | None:
+    def table_form(self, source: QType) -> TableForm:
         """Form of a function table for this input format, as in `tables`.
 
         Raises:

@@ -89,7 +89,7 @@ def operator_text(node: fx.Node) -> str:
         parts += ["add"] if getattr(module, "adds", False) else []
         activation = str(getattr(module, "activation", "none"))
         parts += [activation] if activation != "none" else []
-    elif integer in ("conv", "linear"):
+    elif integer in ("conv", "conv_pairs", "linear"):
         parts += ["add"] if node.args[3] is not None else []
         parts += _clipping(node)
     elif integer is not None and record.op.kind is not OpKind.STUB and not record.op.name.startswith(integer):
@@ -178,7 +178,7 @@ def _weight_keys(node: fx.Node) -> Iterator[int]:
 
 def _weights(node: fx.Node) -> list[fx.Node]:
     """The constant that an integer convolution or linear operator uses as its weight."""
-    weight = node.args[1] if integer_name(node.target) in ("conv", "linear") else None
+    weight = node.args[1] if integer_name(node.target) in ("conv", "conv_pairs", "linear") else None
     return [weight] if isinstance(weight, fx.Node) and info(weight).op is CONSTANT else []
 
 

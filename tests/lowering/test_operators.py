@@ -267,6 +267,11 @@ def is_plain(node: fx.Node) -> bool:
 
 
 def test_every_operator_with_a_lowering_has_a_case() -> None:
-    tested = {case.op for case in CASES} | {"quant_stub", "dequant_stub", "identity"}
+    tested = {case.op for case in CASES} | {
+        "quant_stub",
+        "dequant_stub",
+        "identity",
+        "softmax",
+    }  # bpu takes softmax apart
     lowered = {op.name for op in OPS if op.lowering is not None}
     assert lowered - tested == set()

@@ -8,3 +8,4 @@ Nothing here imports qgraph or torch, and nothing is fast: every function is mea
 
 from . import functions as functions  # adds its operators to those of `operators`
 from . import sampling as sampling  # adds its operators to those of `operators`
+from . import softmax as softmax  # adds its operator to those of `operators`

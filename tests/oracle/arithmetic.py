@@ -102,6 +102,18 @@ def exact(value: np.float32) -> Fraction:
     return Fraction(float(value))
 
 
+def nearest32(value: Fraction) -> np.float32:
+    """An exact number in single precision, rounded once."""
+    if value == 0:
+        return np.float32(0)
+    exponent = abs(value.numerator).bit_length() - value.denominator.bit_length()
+    if abs(value) < Fraction(2) ** exponent:
+        exponent -= 1
+    last = max(exponent - 23, -149)
+    with np.errstate(over="ignore"):
+        return np.float32(math.ldexp(half_even(value / Fraction(2) ** last), last))
+
+
 def multiply32(a: np.float32, b: np.float32) -> np.float32:
     with np.errstate(over="ignore", under="ignore"):
         return np.float32(a * b)

@@ -78,6 +78,22 @@ def int_format(text: str) -> Format:
     return Format(int(text.removeprefix("u").removeprefix("int")), signed=not text.startswith("u"))
 
 
+def lookup_two(x: Array, tables: Array, *, source: str, counts: Counts) -> Array:
+    """The first table for the first `n // 64 * 64` elements, images counted with their channels last."""
+    low = int_format(source).low
+
+    def rank(i: tuple[int, ...]) -> int:
+        """Position in memory."""
+        order = (i[0], *i[2:], i[1]) if x.ndim == 4 else i
+        sizes = (x.shape[0], *x.shape[2:], x.shape[1]) if x.ndim == 4 else x.shape
+        result = 0
+        for index, size in zip(order, sizes, strict=True):
+            result = result * size + index
+        return result
+
+    return fill(x.shape, lambda i: tables[0 if rank(i) < x.size // 64 * 64 else 1][x[i] - low])
+
+
 def lookup_steps(x: Array, thresholds: Array, values: Array, *, counts: Counts) -> Array:
     """The value between two thresholds."""
     return fill(x.shape, lambda i: values[sum(1 for t in thresholds if t <= x[i])])
@@ -137,5 +153,6 @@ OPERATORS |= {
     "compare": compare,
     "lookup_segments": lookup_segments,
     "lookup_steps": lookup_steps,
+    "lookup_two": lookup_two,
     "prelu": prelu,
 }

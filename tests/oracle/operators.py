@@ -19,10 +19,12 @@ from .arithmetic import (
     Counts,
     Finish,
     Format,
+    add32,
     divide32,
     exact,
     half_even,
     multiply32,
+    nearest32,
     parse_format,
     parse_word,
     to_float32,
@@ -72,9 +74,15 @@ OPERANDS = {"x_zero": 0, "y_zero": 1, "residual_zero": 3}
 """Where the operand of a zero point stands among the arguments."""
 
 
+RAW = ("conv_pairs",)
+"""Operators whose codes are not counted from the zero point at once."""
+
+
 def call(operator: str, arguments: Sequence[Array | None], options: Mapping[str, object], counts: Counts) -> Array:
     """An operator with zero points: codes are counted from theirs before anything else happens."""
     counted, rest = list(arguments), dict(options)
+    if operator in RAW:
+        return OPERATORS[operator](*counted, **rest, counts=counts)
     for name, position in OPERANDS.items():
         zero = rest.pop(name, 0)
         if zero:
@@ -98,7 +106,7 @@ def quantize(
     """`sat_F(round(x / s) + zero)`, the quotient in float32; NaN becomes the zero point and counts."""
     target = parse_format(format)
     bounds = Bounds(target.low, target.high, target)
-    way, _, name = rounding.partition(":")
+    way, *zero_first, name = rounding.split(":")
     step, inverse = np.float32(scale.item()), np.float32(1) / np.float32(scale.item())
 
     def code(i: Position) -> int:
@@ -106,7 +114,11 @@ def quantize(
             counts.saturated += 1
             return bounds.clamp(zero, Counts())
         value = np.float32(x[i])
+        if zero_first == ["fused"] and np.isfinite(value):
+            return bounds.clamp(ROUNDINGS[name](exact(nearest32(exact(value) * exact(inverse) + zero))), counts)
         quotient = multiply32(value, inverse) if way == "reciprocal" else divide32(value, step)
+        if zero_first == ["before"]:
+            return bounds.clamp(ROUNDINGS[name](exact(add32(quotient, np.float32(zero)))), counts)
         return bounds.clamp(ROUNDINGS[name](exact(quotient)) + zero, counts)
 
     return fill(x.shape, code)
@@ -178,6 +190,44 @@ def conv(
         sums = convolution_sums(x, weight, stride, padding, dilation, groups)
     end = finish(arithmetic, low, high, format, zero, counts)
     return end_of_product(sums, 1, bias, residual, multiplier, shift, residual_multiplier, end)
+
+
+def conv_pairs(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    multiplier: Array,
+    shift: Array | None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    arithmetic: str,
+    low: int,
+    high: int,
+    format: str,
+    x_zero: int = 0,
+    zero: int = 0,
+    counts: Counts,
+) -> Array:
+    """A depthwise convolution of raw codes: taps in pairs, every pair held in 16 bits, the zero point off last."""
+    filters, _, *kernel = weight.shape
+    size = [(x.shape[2 + a] + 2 * padding[a] - kernel[a]) // stride[a] + 1 for a in range(2)]
+    pair = Format(16)
+
+    def total(position: Position) -> int:
+        image, channel, *place = position
+        source = channel // (filters // x.shape[1])
+        products = []
+        for tap in positions(kernel):
+            where = [place[a] * stride[a] - padding[a] + tap[a] for a in range(2)]
+            code = at(x, (image, source, *where))
+            products.append((x_zero if code is None else code) * weight[(channel, 0, *tap)])
+        raw = sum(pair.saturate(sum(products[i : i + 2])) for i in range(0, len(products), 2))
+        return raw - x_zero * sum(weight[(channel, 0, *tap)] for tap in positions(kernel))
+
+    sums = fill([x.shape[0], filters, *size], total)
+    end = finish(arithmetic, low, high, format, zero, counts)
+    return end_of_product(sums, 1, bias, None, multiplier, shift, None, end)
 
 
 def convolution_sums(
@@ -606,6 +656,7 @@ OPERATORS: dict[str, Callable[..., Array]] = {
     "dequantize": dequantize,
     "requantize": requantize,
     "conv": conv,
+    "conv_pairs": conv_pairs,
     "linear": linear,
     "matmul": matmul,
     "add": add,

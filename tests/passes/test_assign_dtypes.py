@@ -190,6 +190,52 @@ def test_input_formats_are_converted_to() -> None:
     assert found["2"].format == qint8, "the setting names the input only"
 
 
+# --- scales that the device decides ----------------------------------------------------------------------------------
+
+
+def deciding(op: str, **decides: Any) -> Target:
+    bpu = get_target("bpu")
+    return replace(bpu, name="deciding", ops={**bpu.ops, op: replace(bpu.ops[op], **decides)})
+
+
+def pooled(setter: Any = None, **decides: Any) -> SitePlan:
+    model = Forward(lambda self, x: self.pool(self.conv(x)), conv=nn.Conv2d(3, 4, 1), pool=nn.AvgPool2d(2))
+    return plans(assign(model, image(), setter, deciding("avg_pool2d", **decides)).gm)["pool"]
+
+
+@pytest.mark.parametrize("output", [qint8, qint16])
+def test_a_result_takes_format_and_scale_of_its_operand(output: Any) -> None:
+    setter = ModuleNameQconfigSetter({"conv": QConfig(output=output)})
+    plan = pooled(setter, same_scale=True)
+    assert (plan.format, plan.same_scale, plan.fixed_scale) == (output, True, None)
+    assert bool(plan.overrode) == (output != qint8)
+
+
+def test_another_format_than_the_operands_is_refused_where_the_device_keeps_it() -> None:
+    setter = ModuleNameQconfigSetter({"pool": QConfig(output=qint16)})
+    with pytest.raises(QuantizationError, match="avg_pool2d from int8 to int16 is illegal on deciding") as raised:
+        pooled(setter, same_scale=True)
+    assert "decided by: module name" in str(raised.value)
+
+
+def test_the_device_fixes_a_scale() -> None:
+    plan = pooled(fixed_result={"int8": (0.5, -3)})
+    assert (plan.fixed_scale, plan.fixed_zero, plan.same_scale) == (0.5, -3, False)
+    other = pooled(ModuleNameQconfigSetter({"pool": QConfig(output=qint16)}), fixed_result={"int8": (0.5, -3)})
+    assert (other.format, other.fixed_scale) == (qint16, None)
+
+
+@pytest.mark.parametrize(
+    ("decides", "words"),
+    [({"same_scale": True}, "keeps the operand's scale"), ({"fixed_result": {"int8": (0.5, 0)}}, "has a fixed scale")],
+)
+def test_a_scale_of_the_user_against_the_devices(decides: Any, words: str) -> None:
+    setter = ModuleNameQconfigSetter({"pool": QConfig(fixed_scale=0.25)})
+    with pytest.raises(QuantizationError, match=r"a scale of 0\.25 is illegal for avg_pool2d") as raised:
+        pooled(setter, **decides)
+    assert words in str(raised.value)
+
+
 # --- positions -----------------------------------------------------------------------------------------------------
 
 

@@ -275,6 +275,20 @@ def conv_case(draw: Draw) -> Case:
     return Case("conv", (x, weight, *arguments), {**geometry, **options})
 
 
+def conv_pairs_case(draw: Draw) -> Case:
+    kernel, stride, padding = draw.integers(2, 1, 3), draw.integers(2, 1, 2), draw.integers(2, 0, 2)
+    size = [max(1, kernel[a] - 2 * padding[a]) + draw.integer(0, 2) for a in range(2)]
+    channels, per_channel = draw.integer(1, 3), draw.integer(1, 2)
+    x = draw.operand([draw.integer(1, 2), channels, *size], "uint8")
+    weight = draw.operand([channels * per_channel, 1, *kernel], "int8")
+    geometry = {"stride": stride, "padding": padding}
+    bias = None if draw.chance(0.3) else draw.operand([channels * per_channel], "int32", "int8")
+    text = draw.word()
+    factors = draw.factors(text, draw.one_of([], [channels * per_channel]))
+    arguments = (x, weight, None if bias is None else bias.to(torch.int32), factors.multipliers[0], factors.shift)
+    return Case("conv_pairs", arguments, {**geometry, "arithmetic": text, **draw.output()})
+
+
 def transposed_sizes(
     draw: Draw, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], small: int
 ) -> tuple[list[int], list[int], list[int]]:
@@ -504,6 +518,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "dequantize": dequantize_case,
     "requantize": requantize_case,
     "conv": conv_case,
+    "conv_pairs": conv_pairs_case,
     "linear": linear_case,
     "matmul": matmul_case,
     "add": add_case,
@@ -520,9 +535,11 @@ CASES: dict[str, Callable[[Draw], Case]] = {
 
 from tests.simulator.function_cases import FUNCTION_CASES, LOOKUPS  # noqa: E402 - draws with the classes above
 from tests.simulator.sampling_cases import MOVES, SAMPLING_CASES  # noqa: E402 - draws with the classes above
+from tests.simulator.softmax_cases import softmax_case  # noqa: E402 - draws with the classes above
 
 CASES |= SAMPLING_CASES
 CASES |= FUNCTION_CASES
+CASES |= {"softmax": softmax_case}
 
 
 # --- zero points ---------------------------------------------------------------------------------------------------
@@ -532,6 +549,7 @@ RESULT_ZERO = tuple(
 )
 OPERAND_ZEROS = {"add": ("x", "y"), "mul": ("x", "y"), "matmul": ("x", "y"), "conv": ("x", "residual")}
 OPERAND_ZEROS |= {"linear": ("x", "residual"), "quantize": (), "clamp": (), "lookup": (), "max_pool": ()}
+OPERAND_ZEROS |= {"softmax": ()}
 OPERAND_ZEROS |= {"compare": ("x", "y"), **dict.fromkeys(LOOKUPS, ())}
 OPERAND_ZEROS |= dict.fromkeys(MOVES, ())
 FORMATS = {dtype: name for name, dtype in STORAGE.items()}
@@ -543,7 +561,8 @@ def with_zero_points(draw: Draw, case: Case) -> Case:
         return case
     options = dict(case.options)
     if case.operator == "quantize":
-        options["rounding"] = f"{draw.one_of('reciprocal', 'divide')}:{draw.one_of(*ROUNDINGS)}"
+        way = draw.one_of("reciprocal", "divide", "reciprocal:before", "divide:before", "reciprocal:fused")
+        options["rounding"] = f"{way}:{draw.one_of(*ROUNDINGS)}"
     for name in OPERAND_ZEROS.get(case.operator, ("x",)):
         position = OPERANDS[f"{name}_zero"]
         operand = case.arguments[position]

@@ -9,7 +9,7 @@ import torch
 from tests.oracle.arithmetic import parse_format
 from tests.simulator.cases import STORAGE, Case, Draw, broadcasting_shapes
 
-LOOKUPS = ("lookup_segments", "lookup_steps")
+LOOKUPS = ("lookup_segments", "lookup_steps", "lookup_two")
 """Operators that do not compute with codes: no zero points."""
 
 
@@ -67,9 +67,18 @@ def steps_case(draw: Draw) -> Case:
     )
 
 
+def two_tables_case(draw: Draw) -> Case:
+    source, target = draw.one_of("int8", "uint8"), draw.one_of("int8", "int16", "uint8")
+    shape = draw.one_of([2, 7, 3, 3], [1, 9, 4, 2], [66], [5, 30], [63], [2, 32])
+    entries = [draw.code(target, "uniform") for _ in range(512)]
+    tables = torch.tensor(entries, dtype=STORAGE[target]).reshape(2, 256)
+    return Case("lookup_two", (draw.codes(source, shape), tables), {"source": source})
+
+
 FUNCTION_CASES: dict[str, Callable[[Draw], Case]] = {
     "compare": compare_case,
     "lookup_segments": segments_case,
     "lookup_steps": steps_case,
+    "lookup_two": two_tables_case,
     "prelu": prelu_case,
 }

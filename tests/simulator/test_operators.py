@@ -152,6 +152,8 @@ CONV = {
     "groups": 1,
 }
 
+PAIRS = {"stride": [1, 1], "padding": [1, 1]}
+
 
 def build_graph() -> fx.GraphModule:
     """A float picture in, float scores out; every operator between them once."""
@@ -181,6 +183,8 @@ def build_graph() -> fx.GraphModule:
     picture = call("quantize", x, constant("scale", torch.tensor(0.03)), format="int8")
     weight, bias = constant("weight", codes(4, 3, 3, 3)), constant("bias", codes(4, dtype=torch.int32))
     y = call("conv", picture, weight, bias, None, channel_factors, shift, None, **CONV, **SINGLE)
+    y = call("conv_pairs", y, constant("filters", codes(4, 1, 3, 3)), bias, factor, shift, **PAIRS, **SINGLE)
+    y = call("lookup_two", y, constant("two_tables", codes(2, 256)), source="int8")
     y = call("max_pool", y, **WINDOW, dilation=[1, 1], ceil_mode=False)
     half, looked_up = (
         call("clamp", y, low=-100, high=100, format="int8"),
@@ -189,6 +193,8 @@ def build_graph() -> fx.GraphModule:
     y = call("add", half, looked_up, plus, minus, shift, **SUM)
     y = call("mul", y, half, factor, small_shift, **SINGLE)
     y = call("requantize", y, factor, window_shift, constant("offset", torch.tensor(99)), **SINGLE)
+    exponents = {"dim": 1, **SINGLE, "arithmetic": "int32:wrap/tflite_softmax"}
+    y = call("softmax", y, large_factor, constant("softmax_shift", torch.tensor(22)), **exponents)
     y = call("matmul", y, half, factor, shift, **SINGLE)
     small = call("avg_pool", y, factor, wide_shift, **WINDOW, output_size=[2, 2], **SINGLE)
     large = call("resize_bilinear", small, positions, positions, factor, grid_shift, weight_bits=11, **BILINEAR)

@@ -40,6 +40,7 @@ def result_dtype(case: Case) -> torch.dtype:
         "compare": torch.bool,
         "lookup": second.dtype,
         "lookup_steps": second.dtype,
+        "lookup_two": second.dtype,
         "arg_extreme": torch.int64,
         "order": torch.int64,
     }.get(case.operator, first.dtype)

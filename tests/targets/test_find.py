@@ -9,6 +9,7 @@ import pytest
 
 from qgraph.errors import TargetError
 from qgraph.targets import get_target, list_targets
+from qgraph.targets.inherit import BUILT_IN
 from tests.targets.test_parse import SMALL
 
 
@@ -30,6 +31,7 @@ def install(
 MODULE = f"""
 from pathlib import Path
 from qgraph.targets import parse_target
+from qgraph.targets.inherit import BUILT_IN
 TEXT = '''{SMALL}'''
 READY = parse_target(TEXT, origin="dist")
 def made():
@@ -49,7 +51,7 @@ NUMBER = 3
 @pytest.mark.parametrize("provider", ["READY", "made", "path"])
 def test_a_package_provides_a_target(provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, {"chip": f"dist_target:{provider}"}, MODULE)
-    assert list_targets() == ["bpu", "onnxruntime", "chip"]
+    assert list_targets() == [*BUILT_IN, "chip"]
     assert get_target("chip").name == "small"
 
 

@@ -21,7 +21,11 @@ CLEAN = (
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_targets_are_clean(name: str) -> None:
-    assert lint_target(get_target(name)) == []
+    found = lint_target(get_target(name))
+    islands = [finding for finding in found if "stays in float" in finding.what]
+    if name == "bpu":
+        assert islands == [], "the default target takes all composites apart"
+    assert [finding for finding in found if finding not in islands] == []
 
 
 def test_the_small_target_is_clean() -> None:

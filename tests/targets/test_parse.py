@@ -10,7 +10,7 @@ import torch
 
 from qgraph.errors import TargetError
 from qgraph.ir.op_table import OPS
-from qgraph.numerics import Scheme, SegmentForm, float16, qint8, qint16, qint32
+from qgraph.numerics import QType, Scheme, SegmentForm, float16, qint8, qint16, qint32
 from qgraph.targets import Memory, Target, get_target, load_target, parse_target
 
 SMALL = """
@@ -73,6 +73,7 @@ bytes_per_cycle = 8
 """
 
 
+ADD = 'legal = ["int8 -> int8"]\n'
 SEGMENTS = 'int16 = { segments = 64, entries = 64, break_points = "even", fraction_bits = 8 }'
 
 
@@ -113,6 +114,31 @@ def test_segments() -> None:
     assert small("int16 = 1024", plain).table_form(qint16) == SegmentForm(50, 32, True, 0)
 
 
+def test_steps_of_formats() -> None:
+    words = {"sum": "half_even", "sum.int16": "half_up", "add.sum": "half_away", "add.sum.int16": "floor"}
+    lines = "\n".join(f'"{key}" = "int32:wrap/fixed_point:24:{word}"' for key, word in words.items() if key != "sum")
+    target = small('"add.sum" = "int32:wrap/float:half_even"', lines)
+
+    def found(op: str, source: QType) -> str:
+        return str(target.step("sum", op, source)).rpartition(":")[2]
+
+    assert [found(op, source) for op in ("sub", "add") for source in (qint8, qint16)] == list(words.values())
+    assert target.step("rescale", "add", qint16) == target.step("product")
+
+
+def test_positions_are_float_unless_the_file_says_otherwise() -> None:
+    bits = "weight_bits = 8"
+    assert not small().integer_positions
+    assert not small(bits, bits + '\npositions = "float32"').integer_positions
+    assert small(bits, bits + '\npositions = "integer"').integer_positions
+
+
+def test_products_in_float32_and_quotients_in_float64() -> None:
+    x, y, z = torch.tensor(0.1), torch.tensor(0.3), torch.tensor(0.7)
+    target = small('factors = "float32"', 'factors = "float32_product"')
+    assert target.factor("add", x, y, result=z) == (x * y).double() / z.double()
+
+
 def test_legal_formats() -> None:
     rule = small().rule("linear")
     assert rule is not None
@@ -125,6 +151,17 @@ def test_legal_formats() -> None:
     add = small().rule("add")
     assert add is not None
     assert add.accepts([qint8, qint8, qint8], qint8), "further operands follow the last column"
+
+
+def test_who_decides_a_results_scale() -> None:
+    kept = small(ADD, ADD + "same_scale = true\n").rule("add")
+    fixed = small(ADD, ADD + "fixed_result = { int8 = [0.00390625, -128] }\n").rule("add")
+    own = small().rule("add")
+    assert kept is not None
+    assert fixed is not None
+    assert own is not None
+    assert (kept.same_scale, fixed.same_scale, own.same_scale) == (True, False, False)
+    assert (kept.fixed_result, fixed.fixed_result, own.fixed_result) == ({}, {"int8": (1 / 256, -128)}, {})
 
 
 def test_the_nearest_legal_lines_come_first() -> None:
@@ -206,6 +243,26 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         ("int16 = 1024", SEGMENTS.replace("= 8 }", "= 9 }"), ["9 fraction bits"]),
         ("int16 = 1024", SEGMENTS.replace("= 8 }", "= 1.5 }"), ["fraction_bits is 1.5", "whole number"]),
         ("int16 = 1024", "float16 = 1024", ["'float16' is not an integer format", "[tables]"]),
+        # positions, steps of formats
+        (
+            "weight_bits = 8",
+            'weight_bits = 8\npositions = "intger"',
+            ["positions is 'intger'", "'integer'"],
+        ),
+        ('"add.sum"', '"add.sum.int7777777"', ["int7777777", "[arithmetic]"]),
+        ('"add.sum"', '"ad.sum.int8"', ["there is no operator 'ad'", "did you mean 'add'"]),
+        # scales that the device decides
+        (ADD, ADD + "same_scal = true\n", ["unknown key 'same_scal'", "did you mean 'same_scale'", "number 2"]),
+        (ADD, ADD + 'same_scale = "yes"\n', ["same_scale is 'yes'", "give true or false"]),
+        (ADD, ADD + "fixed_result = 0.5\n", ["fixed_result is 0.5", "give a table"]),
+        (ADD, ADD + "fixed_result = { in8 = [0.5, 0] }\n", ["'in8' is no format", "did you mean 'int8'"]),
+        (ADD, ADD + "fixed_result = { int16 = [0.5, 0] }\n", ["'int16' is no format of the result", "[fixed_result]"]),
+        (ADD, ADD + "fixed_result = { int8 = 0.5 }\n", ["int8 is 0.5", "a list of scale and zero point"]),
+        (ADD, ADD + "fixed_result = { int8 = [0.5] }\n", ["int8 is [0.5]", "a list of scale and zero point"]),
+        (ADD, ADD + "fixed_result = { int8 = [0.5, 0.0] }\n", ["int8 is [0.5, 0.0]", "scale and zero point"]),
+        (ADD, ADD + "fixed_result = { int8 = [-1, 0] }\n", ["a fixed scale of -1.0", "[fixed_result]"]),
+        (ADD, ADD + "fixed_result = { int8 = [0.5, 128] }\n", ["a zero point of 128 is no code of int8", "127"]),
+        (ADD, ADD + "same_scale = true\nfixed_result = { int8 = [0.5, 0] }\n", ["not both"]),
     ],
 )
 def test_mistakes(old: str, new: str, words: list[str]) -> None:
@@ -275,10 +332,62 @@ def test_every_operator_of_bpu_can_run_there(op: str) -> None:
 
 def test_bpu_runs_every_operator_that_has_a_lowering() -> None:
     lowered = {op.name for op in OPS if op.lowering is not None}
-    assert lowered - BPU.ops.keys() <= {"dequant_stub", "identity"}, "lowered, but no target runs it"
+    assert lowered - BPU.ops.keys() <= {"dequant_stub", "identity", "softmax"}, "lowered, but no target runs it"
 
 
 def test_bpu_defines_every_step() -> None:
     assert BPU.arithmetic.keys() == {"product", "sum", "sample"}
     text = resources.files("qgraph.targets").joinpath("bpu.toml").read_text(encoding="utf-8")
     assert parse_target(text, origin="x") == BPU
+
+
+FUNCTIONS = """
+[functions]
+values = "float32"
+quantize = "reciprocal:half_up"
+rescale = true
+module = "qgraph.targets.mlas"
+
+[arithmetic]
+"""
+TABLE_OPS = """
+[[ops]]
+names = [
+    "sigmoid", "silu", "tanh", "exp", "gelu", "hardsigmoid", "hardswish", "leaky_relu", "rsqrt", "sqrt", "erf",
+]
+unit = "vector"
+legal = ["int8 -> int8"]
+
+[units.tensor]
+"""
+
+
+def with_functions(old: str = "", new: str = "") -> Target:
+    text = SMALL.replace("\n[arithmetic]\n", FUNCTIONS, 1).replace("\n[units.tensor]\n", TABLE_OPS, 1)
+    assert old in text
+    return parse_target(text.replace(old, new, 1), origin="small.toml")
+
+
+def test_how_function_tables_are_made() -> None:
+    plain, given = small().functions, with_functions().functions
+    assert (plain.values, plain.quantize, plain.rescale, plain.own) == (torch.float64, None, False, {})
+    assert (given.values, str(given.quantize), given.rescale) == (torch.float32, "reciprocal:half_up", True)
+    assert {"sigmoid", "gelu", "rsqrt"} <= given.own.keys()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ('values = "float32"', 'values = "float16"', ["values is 'float16'", "float32 or float64"]),
+        ('"reciprocal:half_up"', '"multiply:half_up"', ["'multiply:half_up' is no way to quantize"]),
+        ("rescale = true", "rescale = 1", ["rescale is 1", "true or false"]),
+        ('module = "qgraph.targets.mlas"', 'modul = "x"', ["unknown key 'modul'", "'module'"]),
+        ("qgraph.targets.mlas", "qgraph.targets.missing", ["ModuleNotFoundError", "importable module"]),
+        ("qgraph.targets.mlas", "qgraph.targets.find", ["AttributeError", "FUNCTIONS"]),
+        ('"silu", ', "", ["a function for 'silu', which the target does not run"]),
+    ],
+)
+def test_mistakes_about_function_tables(old: str, new: str, parts: list[str]) -> None:
+    with pytest.raises(TargetError) as caught:
+        with_functions(old, new)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)

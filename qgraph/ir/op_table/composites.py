@@ -1,4 +1,4 @@
-"""Operators that are taken apart before they are quantized."""
+"""Operators that are taken apart before they are quantized, unless the target runs them as they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qgraph.ir import functional as QF
-from qgraph.ir.op import Function, Op, OpKind, ShapeRule, Spelling
+from qgraph.ir.op import Function, Op, OpKind, QuantRule, ShapeRule, Spelling
 from qgraph.ir.op_table.define import args, aten, define, renamed
 
 _BATCH_NORM = "input weight bias running_mean running_var training momentum eps cudnn_enabled"
@@ -109,6 +109,9 @@ SOFTMAX = define(
         "softmax",
     ),
     modules=(nn.Softmax,),
+    shape=ShapeRule.SAME,
+    quant=QuantRule.OWN,
+    lowering="softmax",
     decomposition="softmax",
 )
 

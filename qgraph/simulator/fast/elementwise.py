@@ -15,6 +15,7 @@ from qgraph.numerics import (
     RequantizeRule,
     Rounding,
     ScaleForm,
+    ZeroPoint,
     lookup,
     parse_arithmetic,
     parse_qtype,
@@ -193,6 +194,8 @@ def prepare_quantize(call: KernelCall) -> Kernel:
     rule = parse_quantize_rule(options.get("rounding", str(RECIPROCAL)))
     if not isinstance(scale, torch.Tensor) or scale.dim() or qtype.bits > 16 or rule.rounding is not Rounding.HALF_EVEN:
         raise NoFastForm("only one scale per tensor, rounding to even and results of up to 16 bits are fast")
+    if zero and rule.zero is not ZeroPoint.AFTER:
+        raise NoFastForm("the zero point is added before rounding")
     factor = scale if rule.divides else 1.0 / scale
     steps, single = torch.div if rule.divides else torch.mul, np.float32
 

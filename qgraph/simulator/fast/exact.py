@@ -6,9 +6,12 @@ float64   53 bits
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 SINGLE, DOUBLE = 1 << 24, 1 << 53
+_BYTES = (torch.int8, torch.uint8)
 
 
 def largest(values: torch.Tensor | None) -> int:
@@ -28,8 +31,12 @@ def product_bound(weight: torch.Tensor, low: int, high: int, bias: torch.Tensor 
         weight: integers `[out, ...]`.
         bias: integers `[out]`.
     """
-    rows = weight.reshape(weight.shape[0], -1).to(torch.float64)  # whole numbers far below 2**53
-    positive, negative = rows.clamp(min=0).sum(1), (-rows).clamp(min=0).sum(1)
+    terms = math.prod(weight.shape[1:])
+    single = weight.dtype in _BYTES and terms << 8 <= SINGLE  # sums of magnitudes are exact either way
+    values = weight.to(torch.float32 if single else torch.float64)
+    dims = tuple(range(1, values.dim()))
+    total, size = values.sum(dims).double(), values.abs_().sum(dims).double()
+    positive, negative = (size + total) / 2, (size - total) / 2
     down, up = min(low, 0), max(high, 0)
     bound = torch.maximum(up * positive - down * negative, up * negative - down * positive)
     if bias is not None:

@@ -18,6 +18,9 @@ import torch
 
 from qgraph.numerics import (
     Arithmetic,
+    AtenCat,
+    AtenPool,
+    EngineSoftmax,
     EngineSum,
     Factor,
     QType,
@@ -101,8 +104,10 @@ class Finish:
         """The rule in a general form, with its shift, or the engine's own, to be applied as it is defined."""
         if isinstance(rule, RequantizeRule):
             return rule, shift, None
-        if isinstance(rule, EngineSum):
-            raise NoFastForm(f"{rule} rescales sums of two terms only")
+        if isinstance(rule, (EngineSum, EngineSoftmax)):
+            raise NoFastForm(f"{rule} rescales no single products")
+        if isinstance(rule, (AtenCat, AtenPool)):
+            raise NoFastForm(f"{rule} rescales channels of images differently")
         same = None
         if not self.is_sum and self.real_bias is None:
             same = general_form(rule, self.terms[0], shift, self.zero)
@@ -293,7 +298,7 @@ def general_form(
         # Within 32 bits their conversion to integers is exact.
         small = plain and term.bound * float(term.multiplier.abs().max()) < _INT32
         return (_FLOAT, None) if small else None
-    if rule.name == "gemmlowp" and bool((shift <= 0).all()):
+    if rule.name in ("gemmlowp", "tflite_mean") and bool((shift <= 0).all()):
         # 2**31 is divided out with ties upwards, 2**-shift with ties away from zero.
         return _TWO, _HIGH_BITS - shift
     if rule.name == "tflite_int64" and bool((shift <= 15).all()) and bool((shift >= -47).all()):

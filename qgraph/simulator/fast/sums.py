@@ -157,6 +157,8 @@ def joined(lower: torch.Tensor, upper: torch.Tensor, start: torch.Tensor) -> tor
 
 def _bytes_of(codes: torch.Tensor, *, flipped: bool = False) -> torch.Tensor:
     """Low and high bytes of contiguous int16 codes, uint8 `[2, *]`; `flipped` adds 128 to the high ones."""
+    if codes.stride(-1) != 1:  # torch calls a single channel contiguous whatever its stride
+        codes = codes.clone(memory_format=torch.contiguous_format)
     out = torch.empty(2, *codes.shape, dtype=torch.uint8)
     if loops() is None:
         halves = codes.view(torch.uint8).view(*codes.shape, 2)

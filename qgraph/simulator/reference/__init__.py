@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize
-from qgraph.simulator.reference.functions import compare, lookup_segments, lookup_steps, prelu
+from qgraph.simulator.reference.elementwise import add, dequantize, lookup, mul, quantize, requantize, softmax
+from qgraph.simulator.reference.functions import compare, lookup_segments, lookup_steps, lookup_two, prelu
 from qgraph.simulator.reference.ordering import arg_extreme, cumsum, fold, order, unfold
+from qgraph.simulator.reference.pairs import conv_pairs
 from qgraph.simulator.reference.products import conv, linear, matmul
 from qgraph.simulator.reference.sampling import resize, sample_bilinear, sample_nearest
 from qgraph.simulator.reference.windows import (
@@ -25,11 +26,13 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "clamp": clamp_codes,
     "compare": compare,
     "conv": conv,
+    "conv_pairs": conv_pairs,
     "dequantize": dequantize,
     "linear": linear,
     "lookup": lookup,
     "lookup_segments": lookup_segments,
     "lookup_steps": lookup_steps,
+    "lookup_two": lookup_two,
     "matmul": matmul,
     "max_pool": max_pool,
     "mul": mul,
@@ -46,6 +49,7 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "sample_bilinear": sample_bilinear,
     "sample_nearest": sample_nearest,
     "unfold": unfold,
+    "softmax": softmax,
 }
 
 __all__ = ["KERNELS"]

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from qgraph.errors import UserError
-from qgraph.numerics import Arithmetic, EngineSum, Factor, RequantizeRule, Rule, parse_arithmetic, parse_qtype
+from qgraph.numerics import (
+    Arithmetic,
+    EngineSoftmax,
+    EngineSum,
+    Factor,
+    RequantizeRule,
+    Rule,
+    parse_arithmetic,
+    parse_qtype,
+)
 from qgraph.simulator.trace import KernelTrace
 
 
@@ -50,8 +59,8 @@ def requantized(
     `bias` is a float32 bias of engines that have one.
     """
     word = parse_arithmetic(arithmetic)
-    if isinstance(word.rule, EngineSum):
-        raise UserError(f"{word.rule} rescales sums of two terms only", fix="give this operator another word")
+    if isinstance(word.rule, (EngineSum, EngineSoftmax)):
+        raise UserError(f"{word.rule} does not rescale single values", fix="give this operator another word")
     held = accumulated(sums, word, trace)
     scaled = word.rule.apply(held, Factor(multiplier, shift), zero, bias)
     return finished(scaled, low, high, format, trace)

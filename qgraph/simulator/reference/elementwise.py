@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from qgraph.errors import UserError
 from qgraph.numerics import (
     RECIPROCAL,
     AddFactors,
+    EngineSoftmax,
     EngineSum,
+    Factor,
     QParams,
     Zeros,
     parse_arithmetic,
@@ -34,8 +37,8 @@ def quantize(
     """Codes of real numbers `x` (any shape): `saturate(round(x / scale) + zero)`; `rounding` says how in float32."""
     qtype, rule = parse_qtype(format), parse_quantize_rule(rounding)
     if trace is not None:
-        unbounded = rule.steps(x.to(torch.float32), scale) + zero
-        trace.saturated += int((~qtype.contains(unbounded.double())).sum())
+        unbounded = rule.codes(x.to(torch.float32), scale, torch.full_like(scale, zero))
+        trace.saturated += int((~qtype.contains(unbounded.double()) | x.isnan()).sum())
     return quantize_values(x, QParams(scale, qtype, torch.full_like(scale, zero, dtype=torch.int64)), rule)
 
 
@@ -113,6 +116,27 @@ def mul(
     """`saturate(rescale(x * y))`, operands broadcast."""
     product = wide(x, x_zero) * wide(y, y_zero)
     return requantized(product, multiplier, shift, arithmetic, low, high, format, zero, trace)
+
+
+def softmax(
+    x: torch.Tensor,
+    multiplier: torch.Tensor,
+    shift: torch.Tensor | None,
+    *,
+    dim: int,
+    arithmetic: str,
+    low: int,
+    high: int,
+    format: str,
+    zero: int = 0,
+    trace: KernelTrace | None = None,
+) -> torch.Tensor:
+    """Softmax of codes over `dim`, as one engine computes it."""
+    rule = parse_arithmetic(arithmetic).rule
+    if not isinstance(rule, EngineSoftmax):
+        raise UserError(f"{rule} is no softmax", fix="use a word such as int32:wrap/tflite_softmax")
+    steps = rule.apply(wide(x).transpose(dim, -1), Factor(multiplier, shift)).transpose(dim, -1)
+    return finished(steps + zero, low, high, format, trace)
 
 
 def lookup(x: torch.Tensor, table: torch.Tensor, *, source: str, trace: KernelTrace | None = None) -> torch.Tensor:

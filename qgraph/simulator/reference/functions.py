@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from qgraph.numerics import in_vector_loop, parse_qtype
 from qgraph.numerics import lookup_segments as look_up
-from qgraph.numerics import parse_qtype
 from qgraph.simulator.reference.common import requantized, wide
 from qgraph.simulator.trace import KernelTrace
 
@@ -24,6 +24,12 @@ def lookup_segments(
     """The value of a segment table (`qgraph.numerics.segment_tables`) for every code of `x`."""
     looked_up = look_up(x, entries, starts, shifts, parse_qtype(source), fraction_bits)
     return looked_up.to(parse_qtype(format).storage)
+
+
+def lookup_two(x: torch.Tensor, tables: torch.Tensor, *, source: str, trace: KernelTrace | None = None) -> torch.Tensor:
+    """The entry of the first of two full tables where torch's vector loop takes the element, else of the second."""
+    offset = wide(x) - parse_qtype(source).qmin
+    return torch.where(in_vector_loop(x), tables[0][offset], tables[1][offset])
 
 
 def lookup_steps(

@@ -58,7 +58,7 @@ def conv(
             _exact(x, x_zero), _exact(weight), None, list(stride), list(padding), list(dilation), groups
         )
     sums = wide(sums)
-    return _finish_product(
+    return finish_product(
         sums,
         along_channels(bias, rank),
         None if residual is None else wide(residual, residual_zero),
@@ -95,7 +95,7 @@ def linear(
     """`x` `[*, in]`, `weight` `[out, in]`, `bias` int32 or float32 `[out]`; result `[*, out]`."""
     sums = wide(torch.matmul(_exact(x, x_zero), _exact(weight).t()))
     other = None if residual is None else wide(residual, residual_zero)
-    return _finish_product(
+    return finish_product(
         sums, bias, other, multiplier, shift, residual_multiplier, arithmetic, low, high, format, zero, trace
     )
 
@@ -117,10 +117,10 @@ def matmul(
 ) -> torch.Tensor:
     """The matrix product of `x` `[*, n, k]` and `y` `[*, k, m]`."""
     sums = wide(torch.matmul(_exact(x, x_zero), _exact(y, y_zero)))
-    return _finish_product(sums, None, None, multiplier, shift, None, arithmetic, low, high, format, zero, trace)
+    return finish_product(sums, None, None, multiplier, shift, None, arithmetic, low, high, format, zero, trace)
 
 
-def _finish_product(
+def finish_product(
     sums: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
@@ -134,6 +134,7 @@ def _finish_product(
     zero: int,
     trace: KernelTrace | None,
 ) -> torch.Tensor:
+    """The end of every product: bias, accumulator, rescaling with or without a residual, bounds."""
     word = parse_arithmetic(arithmetic)
     real_bias = bias if bias is not None and bias.is_floating_point() else None
     if bias is not None and real_bias is None:
