@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 
@@ -44,9 +44,6 @@ class Zeros:
     result: int
 
 
-_Side: TypeAlias = tuple[torch.Tensor, torch.Tensor, int]  # codes, factor, zero point
-
-
 class EngineSum(ABC):
     """One engine's sum of two terms with scales of their own.
 
@@ -69,16 +66,18 @@ class EngineSum(ABC):
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
         """The unsaturated sum (int64) of raw codes `x` and `y`, broadcast, the result's zero point included."""
 
-    def regular(self, x: torch.Size, y: torch.Size) -> int:
-        """How many results for operands of these shapes are computed as those of two equal, long shapes.
+    @abstractmethod
+    def elements(
+        self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros, *, regular: bool
+    ) -> torch.Tensor:
+        """As `add`, with one of the two formulas for every element, see `regular`."""
 
-        They come first in memory order, channels_last for four dimensions; `irregular` computes the others.
+    def regular(self, x: torch.Size, y: torch.Size) -> int:
+        """How many results for operands of these shapes follow the engine's regular formula.
+
+        They come first in memory order, channels_last for four dimensions; the others follow its other formula.
         """
         return int(torch.broadcast_shapes(x, y).numel())
-
-    def irregular(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
-        """As `add` computes the results that `regular` does not count, for operands of one shape."""
-        return self.add(x, y, factors, zeros)
 
     def __str__(self) -> str:
         return self.name
@@ -94,14 +93,15 @@ class MlasAdd(EngineSum):
         return AddFactors(x / result, y / result)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
-        if _first_is_scalar(x.shape, y.shape):
-            return self.irregular(x, y, factors, zeros)
-        return self._in_order((x, factors.x, zeros.x), (y, factors.y, zeros.y), zeros)
+        return self.elements(x, y, factors, zeros, regular=not _first_is_scalar(x.shape, y.shape))
 
-    def irregular(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
-        return self._in_order((y, factors.y, zeros.y), (x, factors.x, zeros.x), zeros)
-
-    def _in_order(self, first: _Side, second: _Side, zeros: Zeros) -> torch.Tensor:
+    def elements(
+        self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros, *, regular: bool
+    ) -> torch.Tensor:
+        """The operands in their order, or changed places."""
+        first, second = (x, factors.x, zeros.x), (y, factors.y, zeros.y)
+        if not regular:
+            first, second = second, first
         (a, ratio_a, zero_a), (b, ratio_b, zero_b) = first, second
         inner = fma32(b.to(torch.float32), ratio_b, self.fixed((ratio_a, ratio_b), Zeros(zero_a, zero_b, zeros.result)))
         return to_int32(torch.round(fma32(a.to(torch.float32), ratio_a, inner)))
@@ -131,37 +131,35 @@ class AtenAdd(EngineSum):
         return AddFactors(x, y, result=1.0 / result)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
-        assert factors.result is not None
         if x.shape != y.shape:
             raise QuantizationError(
                 f"{self} adds values of shapes {list(x.shape)} and {list(y.shape)}", fix="give operands of one shape"
             )
-        sides = ((x, factors.x, zeros.x), (y, factors.y, zeros.y))
-        real = [fma32(scale, codes.to(torch.float32), scale * -float(zero)) for codes, scale, zero in sides]
-        steps = ((real[0] + real[1]) * factors.result).clamp(-(2.0**31), 2.0**31 - 128)
-        body = torch.round(steps).to(torch.int64) + zeros.result
-        return torch.where(in_vector_loop(x), body, self.irregular(x, y, factors, zeros))
+        body, tail = (self.elements(x, y, factors, zeros, regular=regular) for regular in (True, False))
+        return torch.where(in_vector_loop(x), body, tail)
 
-    def irregular(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
-        """The scalar loop's formula."""
+    def elements(
+        self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros, *, regular: bool
+    ) -> torch.Tensor:
+        """The vector loop's formula, or that of the rest."""
         assert factors.result is not None
         sides = ((x, factors.x, zeros.x), (y, factors.y, zeros.y))
-        real = [scale * (codes.to(torch.int64) - zero).to(torch.float32) for codes, scale, zero in sides]
-        return to_int32(torch.round((real[0] + real[1]) * factors.result + float(zeros.result)))
+        if not regular:
+            alone = [scale * (codes.to(torch.int64) - zero).to(torch.float32) for codes, scale, zero in sides]
+            return to_int32(torch.round((alone[0] + alone[1]) * factors.result + float(zeros.result)))
+        real = [fma32(scale, codes.to(torch.float32), scale * -float(zero)) for codes, scale, zero in sides]
+        steps = ((real[0] + real[1]) * factors.result).clamp(-(2.0**31), 2.0**31 - 128)
+        return torch.round(steps).to(torch.int64) + zeros.result
 
     def regular(self, x: torch.Size, y: torch.Size) -> int:
         """What the vector loop takes."""
-        return vector_elements(x.numel()) if x == y else 0
-
-
-def vector_elements(count: int) -> int:
-    """How many of `count` elements torch's vector loop of 64 codes takes on one thread."""
-    return count // _CODES_AT_ONCE * _CODES_AT_ONCE
+        return x.numel() // _CODES_AT_ONCE * _CODES_AT_ONCE
 
 
 def in_vector_loop(x: torch.Tensor) -> torch.Tensor:
-    """Which elements the vector loop takes, bool of `x`'s shape."""
-    inside = torch.arange(x.numel(), device=x.device) < vector_elements(x.numel())
+    """Which elements torch's vector loop of 64 codes takes on one thread, bool of `x`'s shape."""
+    whole = x.numel() // _CODES_AT_ONCE * _CODES_AT_ONCE
+    inside = torch.arange(x.numel(), device=x.device) < whole
     if x.dim() != 4:
         return inside.reshape(x.shape)
     batch, channels, height, width = x.shape
@@ -177,10 +175,9 @@ class TfliteAdd(EngineSum):
     def encode(self, x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, sign: float, bits: int) -> AddFactors:
         twice = 2.0 * torch.maximum(x, y).double()
         lifted = 2.0 ** _lift(bits) * result.double()
-        if bool(twice >= lifted):
+        if sign > 0 and bool(twice >= lifted):
             raise QuantizationError(
-                f"{self} cannot bring a sum or difference at scale {torch.maximum(x, y).item():g} to scale "
-                f"{result.item():g}: its last factor is {(twice / lifted).item():g}, and has to be below 1",
+                f"{self} cannot add scale {torch.maximum(x, y).item():g} to scale {result.item():g}",
                 why="the engine stops where the result is finer than the operands by so much",
                 fix="look at the calibrated ranges around this op",
             )
@@ -189,6 +186,12 @@ class TfliteAdd(EngineSum):
         return AddFactors(parts[0].multiplier, int(sign) * parts[1].multiplier, shift, parts[2].multiplier)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros) -> torch.Tensor:
+        return self.elements(x, y, factors, zeros, regular=True)
+
+    def elements(
+        self, x: torch.Tensor, y: torch.Tensor, factors: AddFactors, zeros: Zeros, *, regular: bool
+    ) -> torch.Tensor:
+        """There is one formula."""
         assert factors.shift is not None
         assert factors.result is not None
         lift = _lift(8 * x.element_size())

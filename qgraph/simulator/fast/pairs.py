@@ -12,6 +12,7 @@ from qgraph.numerics.engine_sums import MlasAdd
 from qgraph.simulator.fast.layout import channels_last, memory, shaped_as
 from qgraph.simulator.fast.loops import loops
 from qgraph.simulator.kernel import Kernel, KernelCall, NoFastForm, Operand
+from qgraph.simulator.reference import KERNELS as REFERENCE
 from qgraph.simulator.trace import KernelTrace
 
 _CODES = 256
@@ -36,6 +37,8 @@ def prepare_engine_sum(call: KernelCall) -> Kernel:
     def run(x: torch.Tensor, y: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         count = rule.regular(x.shape, y.shape)
         if x.shape != y.shape:
+            if not rule.broadcasts:
+                return REFERENCE["add"](x, y, *rest, **call.options, trace=trace)
             return tables[count == 0].of(x, y, trace)
         full, other = (channels_last(x), channels_last(y)) if x.dim() == 4 else (x.contiguous(), y.contiguous())
         a, b, out = memory(full), memory(other), torch.empty(x.numel(), dtype=tables[0].storage, device=x.device)
@@ -61,13 +64,12 @@ class _Table:
     ) -> None:
         options, qtype = call.options, parse_qtype(call.options["format"])
         x, y = (torch.arange(_CODES).to(torch.uint8).view(dtype) for dtype in dtypes)
-        pair = (x.repeat_interleave(_CODES), y.repeat(_CODES))
         stored = [None if value is None else value.cpu() for value in (*call.args[2:], None)]
         zeros = Zeros(*(options.get(name, 0) for name in ("x_zero", "y_zero", "zero")))
         assert stored[0] is not None
         assert stored[1] is not None
-        add = rule.add if regular else rule.irregular
-        sums = add(*pair, AddFactors(stored[0], stored[1], stored[2], stored[3]), zeros)
+        factors = AddFactors(stored[0], stored[1], stored[2], stored[3])
+        sums = rule.elements(x.view(-1, 1), y.view(1, -1), factors, zeros, regular=regular).reshape(-1)
         device = call.args[2].device
         self.storage = qtype.storage
         self.entries = sums.clamp(options["low"], options["high"]).to(self.storage).to(device)
