@@ -204,7 +204,8 @@ class Simulator:
                 raise MissingKernel(
                     f"kernel set {kernels!r} has no kernel for {name} on {self.target.name}",
                     where=where(node),
-                    fix=did_you_mean(name, known),
+                    why=f"there are kernels for {', '.join(sorted(known))}",
+                    fix="register one with qgraph.simulator.register_kernel, or use another kernel set",
                 )
             chosen[node] = (kernel or plain, plain)  # type: ignore[assignment]
         return chosen

@@ -56,6 +56,7 @@ class OpRule:
         without: options of the operator that the device does not have, of `OPTIONAL`.
         tensorflow_padding: whether windows are padded as TensorFlow's SAME does, or not at all.
         factor_range: the factors the device rescales by: from the first (included) to the second.
+        least_scale: the smallest scale of a result.
     """
 
     unit: str
@@ -67,6 +68,7 @@ class OpRule:
     without: tuple[str, ...] = ()
     tensorflow_padding: bool = False
     factor_range: tuple[float, float] | None = None
+    least_scale: float = 0.0
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""
