@@ -2,8 +2,8 @@
 
     product   abs(acc) <= max(h * P - l * Q, h * Q - l * P) + abs(b)
     window    abs(acc) <= n * max(abs(l), abs(h))
-with P and Q the sums of a row's positive weights and of its negative ones' magnitudes, l and h the bounds of the operand's
-codes counted from their zero point, b the integer bias and n the number of elements added.
+with P and Q the sums of a row's positive weights and of its negative ones' magnitudes, l and h the bounds of the
+operand's codes counted from their zero point, b the integer bias and n the number of elements added.
 """
 
 from __future__ import annotations
