@@ -114,13 +114,14 @@ def _longest_window(node: fx.Node) -> int:
 
 
 def _reduced(node: fx.Node) -> int:
-    shape, dims = shape_of(node.args[0]), node.kwargs["dims"]
-    return math.prod(shape[dim] for dim in dims)  # type: ignore[union-attr]
+    shape = shape_of(node.args[0])
+    dims: Any = node.kwargs["dims"]
+    return math.prod(shape[dim] for dim in dims)
 
 
 def _running(node: fx.Node) -> int:
     dim: Any = node.kwargs["dim"]
-    return shape_of(node.args[0])[dim]
+    return int(shape_of(node.args[0])[dim])
 
 
 def _tensor(gm: fx.GraphModule, node: Any) -> torch.Tensor | None:
