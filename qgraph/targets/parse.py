@@ -355,7 +355,7 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     return ops
 
 
-_FLAGS = {"numbers": True, "global_only": False, "same_scale": False, "tensorflow_padding": False}
+_FLAGS = {"numbers": True, "one_pixel": True, "global_only": False, "same_scale": False, "tensorflow_padding": False}
 
 
 def _op_rule(entry: _Table, unit: str) -> OpRule:

@@ -67,6 +67,22 @@ def test_convolutions_that_onednn_computes_wrongly(target: str, module: nn.Modul
     assert any("oneDNN computes wrong sums" in reason for reason in found) == stays
 
 
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda m, x: F.adaptive_avg_pool2d(x, (2, 2)), "mixes up channels"),
+        (lambda m, x: F.max_pool2d(x, (1, 2), 1, (0, 1)), "mixes up channels"),
+        (lambda m, x: F.adaptive_avg_pool2d(x, 1), None),
+        (lambda m, x: m.c(x), "nothing but padding"),
+    ],
+)
+def test_images_of_one_pixel_on_x86(forward: Callable[..., Any], words: str | None) -> None:
+    conv = nn.Conv2d(4, 4, (1, 2), padding=(0, 1), dilation=(1, 2))
+    found = reasons("x86", lambda m, x: forward(m, x.relu()), (1, 4, 1, 1), c=conv)
+    assert (found == []) if words is None else (len(found) == 1 and words in found[0])
+    assert reasons("bpu", lambda m, x: forward(m, x.relu()), (1, 4, 1, 1), c=conv) == []
+
+
 class OfOne(nn.Module):
     """A function of one value."""
 
