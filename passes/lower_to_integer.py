@@ -88,6 +88,7 @@ def _lower(node: fx.Node, edit: Editor, context: LoweringContext) -> None:
         if lowering is None:
             return
         try:
+            context.check_scale(node)
             lowered = lowering.lower(node, context)
         except QuantizationError as error:
             error.where = error.where or where(node)

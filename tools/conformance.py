@@ -32,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     summary = _run(session, options)
     print(summary)
-    for case, mismatch in _distinct(summary)[: options.show]:
+    distinct = _distinct(summary)
+    for case, mismatch in distinct:
+        print(f"  case {case.seed}: {mismatch}")
+    for case, mismatch in distinct[: options.show]:
         print(f"\n{mismatch}\n{case.program.source()}\nshrinking ...\n")
         print(reproducer(shrink(case, session.compare, tries=options.tries)))
     if summary.failures:

@@ -114,8 +114,9 @@ def _longest_window(node: fx.Node) -> int:
 
 
 def _reduced(node: fx.Node) -> int:
+    shape = shape_of(node.args[0])
     dims: Any = node.kwargs["dims"]
-    return math.prod(shape_of(node.args[0])[dim] for dim in dims)
+    return math.prod(shape[dim] for dim in dims)
 
 
 def _running(node: fx.Node) -> int:

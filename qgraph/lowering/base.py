@@ -128,6 +128,20 @@ class LoweringContext:
         self._check_factor(node, found)
         return found
 
+    def check_scale(self, node: fx.Node) -> None:
+        """Refuses results finer than the device computes them.
+
+        Raises:
+            QuantizationError: this one is.
+        """
+        rule, result = self.target.rule(info(node).op.name), info(node).qparams
+        if rule is not None and result is not None and bool((result.scale < rule.least_scale).any()):
+            raise QuantizationError(
+                f"{self.target.name} gives no {info(node).op} a scale of {result.scale.min().item():g}",
+                why=f"the smallest scale of its results is {rule.least_scale:g}",
+                fix="look at the calibrated range of this site",
+            )
+
     def _check_factor(self, node: fx.Node, factor: torch.Tensor) -> None:
         """Refuses factors the device does not rescale by."""
         name, rule = info(node).op.name, self.target.rule(info(node).op.name)

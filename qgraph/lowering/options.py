@@ -42,7 +42,14 @@ def has_options(node: fx.Node, target: Target) -> Verdict:
             return no(f"{target.name} has no {name} in {info(node).op}", node)
     if rule.tensorflow_padding and not _padded_as_tensorflow(node):
         return no(f"{target.name} pads windows as TensorFlow does (SAME), or not at all", node)
+    if not rule.one_pixel and _grows_from_one_pixel(node):
+        return no(f"{target.name} mixes up channels where an image of one pixel grows", node)
     return yes()
+
+
+def _grows_from_one_pixel(node: fx.Node) -> bool:
+    shape = shape_of(bind(node).operand("input"))
+    return shape[1] > 1 and set(shape[2:]) == {1} and set(shape_of(node)[2:]) != {1}
 
 
 def _option(node: fx.Node, name: str) -> Any:

@@ -32,6 +32,7 @@ from qgraph.numerics import (
     pairs_may_saturate,
     qint32,
     quantize,
+    sees_input,
 )
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target
@@ -137,6 +138,10 @@ def _onednn_is_right(node: fx.Node, module: Any, target: Target) -> Verdict:
         return yes()
     if one_column_is_wrong(module.weight.shape, module.groups) and shape_of(node)[-1] == 1:
         return no("oneDNN computes wrong sums for convolutions of several groups whose result is one column wide", node)
+    sizes, kernel = shape_of(bind(node).operand("input"))[2:], module.weight.shape[2:]
+    geometry = _geometry(node, module)
+    if not sees_input(sizes, kernel, *(geometry[name] for name in ("stride", "padding", "dilation"))):
+        return no("oneDNN computes wrong sums where windows see nothing but padding", node)
     return yes()
 
 

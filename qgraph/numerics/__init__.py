@@ -26,7 +26,7 @@ from qgraph.numerics.formats import (
     qint32,
     quint8,
 )
-from qgraph.numerics.onednn import one_column_is_wrong
+from qgraph.numerics.onednn import one_column_is_wrong, sees_input
 from qgraph.numerics.pairs import dispatches_pairs, pair_sums, pairs_may_saturate
 from qgraph.numerics.qparams import QParams, Scheme, choose_qparams, qparams_from_scale
 from qgraph.numerics.quantize import (
@@ -117,5 +117,6 @@ __all__ = [
     "quint8",
     "round_float",
     "rounding_shift_right",
+    "sees_input",
     "two_tables",
 ]

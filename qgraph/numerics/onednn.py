@@ -16,3 +16,24 @@ def one_column_is_wrong(weight: Sequence[int], groups: int) -> bool:
     """
     depthwise = weight[1] == 1 and weight[0] == groups
     return groups > 1 and weight[-1] > 1 and not depthwise
+
+
+def sees_input(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:
+    """Whether the window of every output has a tap inside the input; oneDNN is wrong or ends the process where not.
+
+    Args:
+        sizes: spatial sizes of the input; the others per dimension, too.
+    """
+    for size, length, step, pad, spread in zip(sizes, kernel, stride, padding, dilation, strict=True):
+        count = (size + 2 * pad - spread * (length - 1) - 1) // step + 1
+        starts = [position * step - pad for position in range(count)]
+        taps = range(0, spread * length, spread)
+        if not all(any(0 <= start + tap < size for tap in taps) for start in starts):
+            return False
+    return True

@@ -200,11 +200,13 @@ class Simulator:
             if isinstance(plain, PreparedKernel):
                 plain = None
             if (kernel or plain) is None:
-                known = {op for table in (kernels, base) if table is not None for op, _ in KERNEL_SETS[table]}
+                tables = [KERNEL_SETS[table] for table in (kernels, base) if table is not None]
+                known = {op for table in tables for op, own in table if own in (ANY_TARGET, self.target.name)}
                 raise MissingKernel(
                     f"kernel set {kernels!r} has no kernel for {name} on {self.target.name}",
                     where=where(node),
-                    fix=did_you_mean(name, known),
+                    why=f"there are kernels for {', '.join(sorted(known))}",
+                    fix="register one with qgraph.simulator.register_kernel, or use another kernel set",
                 )
             chosen[node] = (kernel or plain, plain)  # type: ignore[assignment]
         return chosen

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from qgraph.errors import QuantizationError
-from qgraph.numerics import QParams, QType, qint8, qint16
+from qgraph.numerics import QParams, QType, qint8, qint16, qint32
 from qgraph.numerics.engines import Gemmlowp, quantize_multiplier, rounding_divide
 from qgraph.numerics.float_steps import round_half_away, wrap32
 from qgraph.numerics.gemmlowp import doubling_high_product
@@ -172,6 +172,12 @@ def _units(source: QParams, powers: tuple[int, ...]) -> torch.Tensor:
     real, shift = source.scale.item() * 4096.0 * 3.0, 0
     while real <= qint16.qmax / 2.0 and shift <= 30:
         real, shift = real * 2.0, shift + 1
+    if real > qint32.qmax:
+        raise QuantizationError(
+            f"scale {source.scale.item():g} is too large for this function",
+            why="the engine's factor for its operand leaves 32 bits",
+            fix="look at the calibrated range of the operand",
+        )
     return wrap32(_codes(qint16) * int(real) + ((1 << shift) >> 1)) >> shift
 
 

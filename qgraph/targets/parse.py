@@ -343,7 +343,7 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal", "without", "factor_range", "fixed_result", *_FLAGS})
+        entry.allow({"names", "unit", "legal", "without", "factor_range", "least_scale", "fixed_result", *_FLAGS})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
@@ -359,7 +359,7 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     return ops
 
 
-_FLAGS = {"numbers": True, "global_only": False, "same_scale": False, "tensorflow_padding": False}
+_FLAGS = {"numbers": True, "one_pixel": True, "global_only": False, "same_scale": False, "tensorflow_padding": False}
 
 
 def _op_rule(entry: _Table, unit: str) -> OpRule:
@@ -376,7 +376,9 @@ def _op_rule(entry: _Table, unit: str) -> OpRule:
             where=entry.origin,
             fix="give same_scale or fixed_result, not both",
         )
-    return OpRule(unit, legal, fixed_result=fixed, without=without, factor_range=_factor_range(entry), **flags)
+    least = entry.number("least_scale") if "least_scale" in entry.data else 0.0
+    span = _factor_range(entry)
+    return OpRule(unit, legal, fixed_result=fixed, without=without, factor_range=span, least_scale=least, **flags)
 
 
 def _fixed_result(entry: _Table, legal: tuple[LegalFormats, ...]) -> dict[str, tuple[float, int]]:

@@ -53,9 +53,11 @@ class OpRule:
         fixed_result: result format to the scale and zero point the device always gives it.
         global_only: an average runs only over all of a channel's positions, with one result each.
         numbers: whether an operand may be a number instead of codes.
+        one_pixel: whether it computes results of several pixels from images of one.
         without: options of the operator that the device does not have, of `OPTIONAL`.
         tensorflow_padding: whether windows are padded as TensorFlow's SAME does, or not at all.
         factor_range: the factors the device rescales by: from the first (included) to the second.
+        least_scale: the smallest scale of a result.
     """
 
     unit: str
@@ -65,8 +67,10 @@ class OpRule:
     global_only: bool = False
     numbers: bool = True
     without: tuple[str, ...] = ()
+    one_pixel: bool = True
     tensorflow_padding: bool = False
     factor_range: tuple[float, float] | None = None
+    least_scale: float = 0.0
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""

@@ -324,6 +324,8 @@ def test_a_missing_kernel_is_an_error_before_the_run(kernel_set: str, residual: 
     register_kernel(kernel_set, "conv", "another target", KERNELS["conv"])
     with pytest.raises(MissingKernel, match="kernel set 'test' has no kernel for conv on bpu") as caught:
         Simulator(residual, kernels=kernel_set)
+    assert f"there are kernels for {', '.join(sorted({*KERNELS} - {'conv'}))}" in str(caught.value)
+    assert "register_kernel" in str(caught.value)
     assert "node stem" in str(caught.value)
     assert "models.py:" in str(caught.value)
 

@@ -164,6 +164,16 @@ def test_who_decides_a_results_scale() -> None:
     assert (kept.fixed_result, fixed.fixed_result, own.fixed_result) == ({}, {"int8": (1 / 256, -128)}, {})
 
 
+def test_what_a_device_lacks() -> None:
+    more = 'without = ["groups"]\nfactor_range = [0.5, 256.0]\nleast_scale = 1e-6\ntensorflow_padding = true\n'
+    less, plain = small(ADD, ADD + more).rule("add"), small().rule("add")
+    assert less is not None
+    assert plain is not None
+    assert (less.without, less.factor_range, less.least_scale) == (("groups",), (0.5, 256.0), 1e-6)
+    assert less.tensorflow_padding
+    assert (plain.without, plain.factor_range, plain.least_scale, plain.tensorflow_padding) == ((), None, 0.0, False)
+
+
 def test_the_nearest_legal_lines_come_first() -> None:
     target = small()
     assert target.nearest_legal("linear", [float16, qint8], float16).startswith("float16, float16 -> float16")
@@ -263,6 +273,13 @@ def test_what_a_target_does_not_define_is_an_error() -> None:
         (ADD, ADD + "fixed_result = { int8 = [-1, 0] }\n", ["a fixed scale of -1.0", "[fixed_result]"]),
         (ADD, ADD + "fixed_result = { int8 = [0.5, 128] }\n", ["a zero point of 128 is no code of int8", "127"]),
         (ADD, ADD + "same_scale = true\nfixed_result = { int8 = [0.5, 0] }\n", ["not both"]),
+        # what a device lacks
+        (ADD, ADD + 'without = ["dilations"]\n', ["without has 'dilations'", "did you mean 'dilation'"]),
+        (ADD, ADD + "without = true\n", ["without is True"]),
+        (ADD, ADD + "factor_range = 256.0\n", ["factor_range is 256.0", "the smaller one first"]),
+        (ADD, ADD + "factor_range = [256.0, 1.0]\n", ["factor_range is [256.0, 1.0]", "the smaller one first"]),
+        (ADD, ADD + 'least_scale = "tiny"\n', ["least_scale is 'tiny'"]),
+        (ADD, ADD + "tensorflow_padding = 1\n", ["tensorflow_padding is 1", "give true or false"]),
     ],
 )
 def test_mistakes(old: str, new: str, words: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qgraph.numerics import Overflow, RequantizeRule, parse_arithmetic, parse_qtype, qint32
+from qgraph.numerics import Overflow, RequantizeRule, parse_arithmetic, parse_qtype, qint32, sees_input
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
 from qgraph.simulator.fast.finish import Finish
 from qgraph.simulator.fast.layout import channels_last, image_of, rows_of
@@ -38,7 +38,8 @@ def prepare_conv(call: KernelCall) -> Kernel:
         raise NoFastForm("the input has no batch dimension")
     if options["transposed"] or rank != 2:
         return _any_convolution(call, x, weight)
-    if not _sees_input(x, weight, options):
+    geometry = [options[name] for name in ("stride", "padding", "dilation")]
+    if not sees_input(x.shape[2:], weight.shape[2:], *geometry):
         raise NoFastForm(
             "some of its outputs see nothing but padding, which oneDNN's channels_last kernels may not survive"
         )
@@ -107,19 +108,6 @@ def _pointwise(call: KernelCall, x: Operand, weight: torch.Tensor, bias: torch.T
         return image_of(end.tiled(matrix, rows_of(image), second, trace), shape)
 
     return run
-
-
-def _sees_input(x: Operand, weight: torch.Tensor, options: dict[str, Any]) -> bool:
-    """Whether the window of every output has a tap inside the input."""
-    sizes, kernels = x.shape[2:], weight.shape[2:]
-    geometry = zip(sizes, kernels, options["stride"], options["padding"], options["dilation"], strict=True)
-    for size, kernel, stride, padding, dilation in geometry:
-        count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        starts = [position * stride - padding for position in range(count)]
-        taps = range(0, dilation * kernel, dilation)
-        if not all(any(0 <= start + tap < size for tap in taps) for start in starts):
-            return False
-    return True
 
 
 def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kernel:
