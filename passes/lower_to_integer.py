@@ -15,12 +15,13 @@ from torch import fx
 from qgraph.errors import QuantizationError
 from qgraph.ir.arguments import coded_operands
 from qgraph.ir.editor import Editor
-from qgraph.ir.node_info import info, update_graph_info, where
+from qgraph.ir.node_info import graph_info, info, update_graph_info, where
 from qgraph.ir.op import QuantRule
 from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, ITEM
 from qgraph.ir.stage import Stage
 from qgraph.ir.values import holds_floats
 from qgraph.lowering import LoweringContext, lowering_of
+from qgraph.lowering.accumulators import overflowing
 from qgraph.lowering.base import coded
 from qgraph.pipeline import REDEFINES, Numerics, Pass, PassContext, PassResult
 from qgraph.targets import target_of
@@ -31,7 +32,7 @@ class LowerToInteger(Pass):
     """Lowers a frozen graph.
 
     Args:
-        strict: refuse graphs with operators that stay in float.
+        strict: refuse graphs with operators that stay in float, or with sums that may leave their accumulator.
     """
 
     name: ClassVar[str] = "lower-to-integer"
@@ -57,8 +58,21 @@ class LowerToInteger(Pass):
         context = LoweringContext(edit, target)
         for node in list(gm.graph.nodes):
             _lower(node, edit, context)
-        update_graph_info(gm, target=target)
-        return PassResult(gm, True)
+        notes = self._check_accumulators(gm)
+        update_graph_info(gm, target=target, notes=(*graph_info(gm).notes, *notes))
+        return PassResult(gm, True, notes)
+
+    def _check_accumulators(self, gm: fx.GraphModule) -> tuple[str, ...]:
+        """What may leave an accumulator, as notes."""
+        found = overflowing(gm)
+        if self.strict and found:
+            raise QuantizationError(
+                f"sums of {len(found)} operator(s) may leave their accumulator",
+                where="; ".join(entry.where for entry in found),
+                why=str(found[0]),
+                fix="use fewer bits for operands or weights, make biases smaller, or convert without strict",
+            )
+        return tuple(map(str, found))
 
 
 def _lower(node: fx.Node, edit: Editor, context: LoweringContext) -> None:

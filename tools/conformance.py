@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 from qgraph.errors import UserError
+from qgraph.targets import get_target
 from tests.conformance.build import Case
-from tests.conformance.compare import Mismatch, engine_of, kernel_sets
+from tests.conformance.compare import ENGINES, Mismatch, engine_of, kernel_sets
 from tests.conformance.session import Session, Summary
 from tests.conformance.shrink import reproducer, shrink
 
@@ -25,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         session = _session(options)
-    except (UserError, ModuleNotFoundError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     summary = _run(session, options)
@@ -64,9 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _engine(target: str) -> Any:
+    try:
+        return engine_of(target)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"there is no engine to compare {target} with",
+            why=str(error),
+            fix=f"give --no-engine; engines are known for {', '.join(ENGINES)}",
+        ) from error
+
+
 def _session(options: argparse.Namespace) -> Session:
+    get_target(options.target)  # refuses a name that is none
     slow_engine = options.large and options.target == "bpu"
-    engine = None if options.no_engine or slow_engine else engine_of(options.target)
+    engine = None if options.no_engine or slow_engine else _engine(options.target)
     reason = None if engine is None else engine.available()
     if reason is not None:
         raise UserError(f"the engine of {options.target} is not available: {reason}", fix="give --no-engine")

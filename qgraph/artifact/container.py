@@ -115,7 +115,11 @@ def _read(path: Path, max_bytes: int) -> bytes:
                 )
             return file.read(max_bytes)
     except OSError as error:
-        raise UserError(f"{path} cannot be read", why=f"{type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{path} cannot be read",
+            why=f"{type(error).__name__}: {error}",
+            fix="give the path of a file that qgraph.save or qgraph conformance pack wrote",
+        ) from error
 
 
 def _members(data: bytes, where: str) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
 """The closed lists: what a file may name. A name is looked up here, never imported.
 
-Functions and methods are those of the operator table, torch's own functions of tensors, and what captured graphs add
-around them. An operator, function or module class of another package is known once that package has registered it.
+Functions and methods are those of the operator table, torch's own functions of tensors, those of the engines that
+targets name, and what captured graphs add around them. An operator, function or module class of another package is
+known once that package has registered it, or its target has been read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from qgraph.errors import ArtifactError, did_you_mean
 from qgraph.ir import functional as QF
 from qgraph.ir.integer import NAMESPACE, integer_name, integer_operator
 from qgraph.ir.op_table import OPS
+from qgraph.targets import get_target
+from qgraph.targets.inherit import BUILT_IN
+from qgraph.targets.parse import ENGINE_FUNCTIONS
 
 Function = Callable[..., Any]
 
@@ -90,6 +94,8 @@ class KnownFunctions:
         for function in own:
             if callable(function) and not isinstance(function, str):
                 self._add(function_name(function), function)
+        for function in _engine_functions():
+            self._add(function_name(function), function)
         for name, function in torch_functions().items():
             self._named.setdefault(name, function)
 
@@ -156,6 +162,13 @@ def _other_names() -> dict[Any, str]:
     return found
 
 
+def _engine_functions() -> Iterable[Function]:
+    """Functions of engines, of built-in targets and all others that have been read."""
+    for target in BUILT_IN:
+        get_target(target)
+    return ENGINE_FUNCTIONS
+
+
 @lru_cache
 def torch_functions() -> dict[str, Function]:
     """Torch's functions of tensors, none of which writes to its operands."""
@@ -217,7 +230,8 @@ def _ambiguous() -> None:
 
 
 def _register(name: str, known: Iterable[str]) -> str:
-    return f"import the package that registers it before you load the graph; {did_you_mean(name, known)}"
+    before = "import the package that registers it, or read the target that names it, before you load the graph"
+    return f"{before}; {did_you_mean(name, known)}"
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 from qgraph.export.call import Call, translates
 from qgraph.ir.node_info import info, module_of
 from qgraph.ir.op_table import TRANSPOSED
-from qgraph.lowering.base import bounds, spatial
+from qgraph.lowering.base import bounds
+from qgraph.lowering.options import spatial
 from qgraph.lowering.products import accumulator_step, scale_repeats
 from qgraph.nn import Activation, Fused
 from qgraph.numerics import QParams, bias_codes, quantize

@@ -8,7 +8,7 @@ import torch
 
 from qgraph.export.call import Call, translates
 from qgraph.ir.node_info import info
-from qgraph.lowering.base import spatial
+from qgraph.lowering.options import spatial
 
 _AXES_OF_SUM, _AXES_OF_OTHERS = 13, 18  # opsets from which axes are an input
 

@@ -23,6 +23,7 @@ from qgraph.ir.op_table import OPAQUE
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.text import called_name
 from qgraph.ir.values import TensorSpec
+from qgraph.lowering.options import has_options
 from qgraph.numerics import (
     RECIPROCAL,
     Arithmetic,
@@ -123,7 +124,23 @@ class LoweringContext:
         result = self.qparams(node).scale
         if divisor is not None:
             result = result.to(divisor.dtype) * divisor
-        return self.target.factor(info(node).op.name, *scales, result=result)
+        found = self.target.factor(info(node).op.name, *scales, result=result)
+        self._check_factor(node, found)
+        return found
+
+    def _check_factor(self, node: fx.Node, factor: torch.Tensor) -> None:
+        """Refuses factors the device does not rescale by."""
+        name, rule = info(node).op.name, self.target.rule(info(node).op.name)
+        if rule is None or rule.factor_range is None:
+            return
+        least, end = rule.factor_range
+        outside = factor[(factor.abs() < least) | (factor.abs() >= end)]
+        if outside.numel():
+            raise QuantizationError(
+                f"{self.target.name} cannot rescale this {name} by {outside[0].item():g}",
+                why=f"its factor, of the scales of operand and result, has to be from {least:g} to below {end:g}",
+                fix="look at the calibrated ranges around this op",
+            )
 
     def bounds(self, result: QParams, low: float | None = None, high: float | None = None) -> dict[str, Any]:
         """As `bounds`, with the target's way to quantize a bound."""
@@ -182,24 +199,6 @@ def bounds(
             code = rule.codes(torch.tensor(value, dtype=torch.float32), result.scale.cpu(), zero).item()
             limits[name] = int(min(max(code, qtype.qmin), qtype.qmax))
     return {**limits, "format": str(qtype)}
-
-
-def spatial(value: Any, rank: int) -> list[int]:
-    """An option given once or per dimension, as one integer per dimension."""
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
-    return [int(v) for v in (values if len(values) == rank else values * rank)]
-
-
-def shape_of(node: Any) -> tuple[int, ...]:
-    """Shape of a tensor node on the example run.
-
-    Raises:
-        InternalError: it is not known.
-    """
-    spec = tensor_spec(node)
-    if spec is None:
-        raise InternalError("the shape of a value is not known", where=where(node))
-    return spec.shape
 
 
 def check_float_tensors(node: fx.Node) -> Verdict:
@@ -293,7 +292,7 @@ def support(node: fx.Node, target: Target) -> Verdict:
         return no(op.refusal or f"no integer form of {called_name(node) if op is OPAQUE else op} is known", node)
     if target.rule(op.name) is None:
         return no(f"{target.name} has no {op}", node)
-    verdict = lowering.supports(node, target)
+    verdict = has_options(node, target) and lowering.supports(node, target)
     return verdict if not verdict else check_float_tensors(node) if _is_tensor(node) else yes()
 
 

@@ -29,11 +29,11 @@ from qgraph.lowering.base import (
     encode_saturating,
     is_number,
     register_lowering,
-    shape_of,
     sum_rule,
     takes_numbers,
 )
 from qgraph.lowering.functions import table_call, tabulate_call
+from qgraph.lowering.options import shape_of
 from qgraph.numerics import Arithmetic, AtenCat, AtenRequantize, EngineSum, Factor, QParams, RequantizeRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target

@@ -17,15 +17,9 @@ from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info
 from qgraph.ir.op_table import ARGMAX, CONSTANT, DYNAMIC_SHAPE
 from qgraph.ir.shapes import tensor_spec
-from qgraph.lowering.base import (
-    Lowering,
-    LoweringContext,
-    batch_is_free,
-    register_lowering,
-    shape_of,
-    spatial,
-)
+from qgraph.lowering.base import Lowering, LoweringContext, batch_is_free, register_lowering
 from qgraph.lowering.movement import MoveLowering
+from qgraph.lowering.options import shape_of, spatial
 from qgraph.numerics import QParams
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target

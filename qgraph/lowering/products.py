@@ -18,15 +18,8 @@ from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op_table import LINEAR, TRANSPOSED
-from qgraph.lowering.base import (
-    Lowering,
-    LoweringContext,
-    bounds,
-    encode_saturating,
-    register_lowering,
-    spatial,
-    sum_rule,
-)
+from qgraph.lowering.base import Lowering, LoweringContext, bounds, encode_saturating, register_lowering, sum_rule
+from qgraph.lowering.options import shape_of, spatial
 from qgraph.nn import Activation
 from qgraph.numerics import (
     Arithmetic,
@@ -35,6 +28,7 @@ from qgraph.numerics import (
     QParams,
     bias_codes,
     dispatches_pairs,
+    one_column_is_wrong,
     pairs_may_saturate,
     qint32,
     quantize,
@@ -60,7 +54,7 @@ class ProductLowering(Lowering):
             return no("its padding is not canonical", node)
         if node.kwargs or len(node.args) > 2:
             return no("it is given an output size", node)
-        return yes()
+        return _onednn_is_right(node, module, target)
 
     def lower(self, node: fx.Node, ctx: LoweringContext) -> fx.Node:
         module: Any = module_of(node)
@@ -122,9 +116,7 @@ def _stored_bias(node: fx.Node, bias: torch.Tensor, step: torch.Tensor, ctx: Low
 
 def product_arithmetic(node: fx.Node, ctx: LoweringContext) -> Arithmetic:
     """The target's arithmetic of a convolution or linear, which may differ for many groups."""
-    most = ctx.target.many_groups
-    many = most is not None and getattr(module_of(node), "groups", 1) > most
-    arithmetic = ctx.step(node, "many_groups" if many else "product")
+    arithmetic = ctx.step(node, _step(node, ctx.target))
     weight = info(node).weight_qparams
     if isinstance(arithmetic.rule, (Fbgemm, OneDnn)) and weight is not None and not weight.per_channel:
         raise QuantizationError(
@@ -133,6 +125,19 @@ def product_arithmetic(node: fx.Node, ctx: LoweringContext) -> Arithmetic:
             fix="use weights with a scale per channel",
         )
     return arithmetic
+
+
+def _step(node: fx.Node, target: Target) -> str:
+    most = target.many_groups
+    return "many_groups" if most is not None and getattr(module_of(node), "groups", 1) > most else "product"
+
+
+def _onednn_is_right(node: fx.Node, module: Any, target: Target) -> Verdict:
+    if info(node).op is LINEAR or not isinstance(target.step(_step(node, target), info(node).op.name).rule, OneDnn):
+        return yes()
+    if one_column_is_wrong(module.weight.shape, module.groups) and shape_of(node)[-1] == 1:
+        return no("oneDNN computes wrong sums for convolutions of several groups whose result is one column wide", node)
+    return yes()
 
 
 def _saturates_pairs(node: fx.Node, module: Any, codes: torch.Tensor, ctx: LoweringContext) -> bool:

@@ -20,8 +20,9 @@ from qgraph.errors import QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
 from qgraph.ir.values import TensorSpec
-from qgraph.lowering.base import Lowering, LoweringContext, register_lowering, shape_of, sum_rule
+from qgraph.lowering.base import Lowering, LoweringContext, register_lowering, sum_rule
 from qgraph.lowering.indexing import outside
+from qgraph.lowering.options import shape_of
 from qgraph.lowering.windows import AdaptiveAvgPoolLowering, InterpolateLowering, _steps
 from qgraph.numerics import QParams, qint16, qint32
 from qgraph.rewrite import Verdict, no, yes

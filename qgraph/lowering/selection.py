@@ -22,15 +22,9 @@ from qgraph.ir.arguments import bind, quant_rule
 from qgraph.ir.node_info import info, module_of, where
 from qgraph.ir.op import OpKind, QuantRule
 from qgraph.ir.op_table import ABS, is_sentinel
-from qgraph.lowering.base import (
-    Lowering,
-    LoweringContext,
-    encode_saturating,
-    is_number,
-    register_lowering,
-    shape_of,
-)
+from qgraph.lowering.base import Lowering, LoweringContext, encode_saturating, is_number, register_lowering
 from qgraph.lowering.elementwise import lower_affine, requantized_to
+from qgraph.lowering.options import shape_of
 from qgraph.numerics import QParams, dequantize, encode_common_shift
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target

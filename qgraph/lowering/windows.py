@@ -18,16 +18,8 @@ from torch import fx
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info
 from qgraph.ir.op_table import INDEX_SELECT, MEAN
-from qgraph.lowering.base import (
-    Lowering,
-    LoweringContext,
-    batch_is_free,
-    bounds,
-    encode_saturating,
-    register_lowering,
-    shape_of,
-    spatial,
-)
+from qgraph.lowering.base import Lowering, LoweringContext, batch_is_free, bounds, encode_saturating, register_lowering
+from qgraph.lowering.options import shape_of, spatial
 from qgraph.numerics import AtenPool, Factor, MeanRule
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target

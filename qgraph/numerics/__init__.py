@@ -26,6 +26,7 @@ from qgraph.numerics.formats import (
     qint32,
     quint8,
 )
+from qgraph.numerics.onednn import one_column_is_wrong
 from qgraph.numerics.pairs import dispatches_pairs, pair_sums, pairs_may_saturate
 from qgraph.numerics.qparams import QParams, Scheme, choose_qparams, qparams_from_scale
 from qgraph.numerics.quantize import (
@@ -99,6 +100,7 @@ __all__ = [
     "in_vector_loop",
     "lookup",
     "lookup_segments",
+    "one_column_is_wrong",
     "pair_sums",
     "pairs_may_saturate",
     "parse_arithmetic",

@@ -41,7 +41,8 @@ def convert(
 
     Args:
         model: a calibrated or trained graph; it is not changed.
-        strict: refuse graphs in which operators stay in float.
+        strict: refuse graphs in which operators stay in float, or sums may leave their accumulator; without it the
+            graph's notes tell of both.
         pipeline: the passes to run; those of `convert_pipeline()` if None.
         checks: how much to check after each pass.
         observers: objects that watch the passes.
@@ -51,7 +52,7 @@ def convert(
 
     Raises:
         StateError: the model has not been calibrated.
-        QuantizationError: a scale cannot be used, or `strict` and operators stay in float.
+        QuantizationError: a scale cannot be used, or `strict` and what it refuses is found.
         UserError: `model` is not prepared, or `pipeline` does not fit.
     """
     gm = require_prepared(model, "convert")

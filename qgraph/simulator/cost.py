@@ -20,9 +20,10 @@ from qgraph.ir.op import OpKind
 from qgraph.ir.op_table import CONSTANT, TRANSPOSED
 from qgraph.ir.shapes import tensor_spec
 from qgraph.ir.values import TensorSpec
+from qgraph.numerics import parse_qtype
 from qgraph.targets import Target
 
-_FORMATS = {torch.int8: "int8", torch.uint8: "int8", torch.int16: "int16", torch.int32: "int32"}
+_FORMATS = {torch.int8: "int8", torch.uint8: "uint8", torch.int16: "int16", torch.int32: "int32"}
 _CPU = "cpu"
 
 
@@ -73,11 +74,11 @@ def _rate(target: Target, unit: str, node: fx.Node, gm: fx.GraphModule, formats:
     table = target.units.get(unit, {})
     if not table:
         return 1.0
-    if unit == _CPU or not formats:
+    if not formats:
         return float(table.get("float32", next(iter(table.values()))))
     weight = _weight(node, gm)
     pair = f"{formats[0]}*{_FORMATS.get(weight.dtype, 'int8') if weight is not None else formats[-1]}"
-    widest = max(formats, key=lambda name: int(name[3:]))
+    widest = max(formats, key=lambda name: parse_qtype(name).bits)
     return float(table.get(pair, table.get(widest, min(table.values()))))
 
 

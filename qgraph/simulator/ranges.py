@@ -46,7 +46,9 @@ def _range_of(node: fx.Node, gm: fx.GraphModule, ranges: Mapping[fx.Node, Range]
         if isinstance(table, fx.Node) and table.op == "get_attr":
             entries = tensor_at(gm, str(table.target))
             return int(entries.min()), int(entries.max())
-    sources = [ranges[used] for used in node.all_input_nodes if used in ranges]
+    # Indices beside the codes have another dtype.
+    coded = [used for used in node.all_input_nodes if _dtype(info(used).value) == dtype]
+    sources = [ranges[used] for used in coded if used in ranges]
     moves = info(node).op.lowering in ("move", "join") and info(node).op is not PAD
     if node.op != "placeholder" and sources and (name == "max_pool" or (name is None and moves)):
         return min(low for low, _ in sources), max(high for _, high in sources)

@@ -39,7 +39,11 @@ def read_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(f"the target file {path} cannot be read", why=f"{type(error).__name__}: {error}") from error
+        raise TargetError(
+            f"the target file {path} cannot be read",
+            why=f"{type(error).__name__}: {error}",
+            fix="give the path of a target's TOML file",
+        ) from error
 
 
 def resolved(
@@ -88,7 +92,7 @@ def _base(name: object, origin: str, folder: Path | None) -> tuple[str, str, Pat
         try:
             return read_file(path), str(path.resolve()), path.parent
         except TargetError as error:
-            raise TargetError(error.what, where=f"{origin}, base", why=error.why) from error
+            raise TargetError(error.what, where=f"{origin}, base", why=error.why, fix=error.fix) from error
     if name not in BUILT_IN:
         raise TargetError(f"no target is named {name!r}", where=f"{origin}, base", fix=did_you_mean(name, BUILT_IN))
     return *built_in_text(name), None

@@ -25,6 +25,7 @@ _ENTRIES = 1 << 8  # of the kernels' sigmoid table
 # Entries that lie one above the rounded value.
 _ABOVE = (4, 8, 12, 14, 15, 16, 17, 19, 20, 21, 22, 25, 27, 28, 29, 30, 31, 33, 34, 35, 37, 39, 40, 41, 43, 44, 45, 46)
 _ABOVE_LATE = (49, 50, 54, 62, 63, 64, 66, 82, 86, 93, 100, 103, 112, 116, 135, _ENTRIES - 1)
+_LARGEST_LEFT_SHIFT = 31  # of a 32-bit number, by one less
 _FINE_BITS = 7  # by which HARD_SWISH refines 8-bit codes
 
 
@@ -97,17 +98,18 @@ def hardswish(source: QParams, result: QParams) -> torch.Tensor:
         quantize_multiplier((fine / scale).double()) for scale in (result.scale, _float32(3 * 2.0**-15))
     )
     out_shift, gate_shift = int(out_factor.shifts()), int(gate_factor.shifts())
-    if out_shift > 0:
+    if out_shift > 0 or gate_shift > _LARGEST_LEFT_SHIFT:
+        why = "the engine refuses results so much finer than their operand"
         raise QuantizationError(
             f"a hardswish from scale {source.scale.item():g} to {result.scale.item():g} is not possible",
-            why="the engine refuses results so much finer than their operand",
+            why=why if out_shift > 0 else "the engine shifts its operand further than 32 bits allow",
             fix="look at the calibrated ranges around this op",
         )
     values = qint16.wrap((_codes(qint8) - source.zero) << _FINE_BITS)
     out = doubling_high_product(values, _sixteen_bits(out_factor.multiplier), 16)
     gate = _gate(values, _sixteen_bits(gate_factor.multiplier), gate_shift)
     product = torch.div(gate * out, 1 << 15, rounding_mode="trunc")
-    return _saturated(rounding_divide(product, -out_shift), result)
+    return _saturated(_rounding_divide16(product, -out_shift), result)
 
 
 def _gate(values: torch.Tensor, multiplier: torch.Tensor, shift: int) -> torch.Tensor:
@@ -118,8 +120,15 @@ def _gate(values: torch.Tensor, multiplier: torch.Tensor, shift: int) -> torch.T
     if shift > 0:
         values = qint16.saturate(values << 1)
     if shift < 0:
-        values = rounding_divide(values, -shift)
+        values = _rounding_divide16(values, -shift)
     return (values + (1 << 15)) >> 1
+
+
+def _rounding_divide16(values: torch.Tensor, exponent: int) -> torch.Tensor:
+    """Gemmlowp's RoundingDivideByPOT of int16 values: from `2**16` on its mask is -1, and 0 becomes 1."""
+    if exponent < qint16.bits:
+        return rounding_divide(values, exponent)
+    return torch.where(values >= 0, 1, -1)
 
 
 def _sixteen_bits(multiplier: torch.Tensor) -> torch.Tensor:

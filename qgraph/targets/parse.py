@@ -28,7 +28,7 @@ from qgraph.numerics import (
     qparams_from_scale,
 )
 from qgraph.targets.inherit import resolved
-from qgraph.targets.target import FACTORS, Functions, LegalFormats, Memory, OpRule, TableForm, Target
+from qgraph.targets.target import FACTORS, OPTIONAL, Functions, LegalFormats, Memory, OpRule, TableForm, Target
 
 _Parsed = TypeVar("_Parsed")
 
@@ -101,6 +101,9 @@ KEYS = (
 _POSITIONS = ("float32", "integer")
 _FORMAT = re.compile(r"u?int[0-9]+")
 STEPS = ("product", "sum")  # the lowerings of qgraph need these; others may need more
+
+ENGINE_FUNCTIONS: set[Callable[..., torch.Tensor]] = set()
+"""Functions of the modules that targets read so far have named: saved graphs may name these."""
 
 
 class _Table:
@@ -304,6 +307,7 @@ def _from_module(table: _Table, kind: str, ops: Collection[str]) -> Mapping[str,
                 where=table.origin,
                 fix=did_you_mean(op, ops),
             )
+    ENGINE_FUNCTIONS.update((own or {}).values())
     return dict(own or {})
 
 
@@ -339,7 +343,7 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     known = {op.name for op in OPS}
     ops: dict[str, OpRule] = {}
     for entry in entries:
-        entry.allow({"names", "unit", "legal", "numbers", "global_only", "same_scale", "fixed_result"})
+        entry.allow({"names", "unit", "legal", "without", "factor_range", "fixed_result", *_FLAGS})
         unit = entry.text("unit")
         if unit not in units:
             raise TargetError(f"unit {unit!r} is not described", where=entry.origin, fix=did_you_mean(unit, units))
@@ -355,31 +359,49 @@ def _ops(entries: list[_Table], units: Collection[str]) -> dict[str, OpRule]:
     return ops
 
 
+_FLAGS = {"numbers": True, "global_only": False, "same_scale": False, "tensorflow_padding": False}
+
+
 def _op_rule(entry: _Table, unit: str) -> OpRule:
     legal = tuple(_legal(line, entry) for line in entry.texts("legal"))
-    same, whole = (name in entry.data and entry.flag(name) for name in ("same_scale", "global_only"))
-    numbers = entry.flag("numbers") if "numbers" in entry.data else True
-    if "fixed_result" not in entry.data:
-        return OpRule(unit, legal, global_only=whole, same_scale=same, numbers=numbers)
-    if same:
+    flags = {name: entry.flag(name) if name in entry.data else default for name, default in _FLAGS.items()}
+    without = tuple(entry.texts("without")) if "without" in entry.data else ()
+    for option in without:
+        if option not in OPTIONAL:
+            raise TargetError(f"without has {option!r}", where=entry.origin, fix=did_you_mean(option, OPTIONAL))
+    fixed = _fixed_result(entry, legal)
+    if fixed and flags["same_scale"]:
         raise TargetError(
             "a result keeps its operand's scale and has a fixed one",
             where=entry.origin,
             fix="give same_scale or fixed_result, not both",
         )
+    return OpRule(unit, legal, fixed_result=fixed, without=without, factor_range=_factor_range(entry), **flags)
+
+
+def _fixed_result(entry: _Table, legal: tuple[LegalFormats, ...]) -> dict[str, tuple[float, int]]:
+    if "fixed_result" not in entry.data:
+        return {}
     fixed, results = entry.table("fixed_result"), {str(f): f for line in legal for f in line.results}
     for name in fixed.data:
         if name not in results:
             raise TargetError(
                 f"{name!r} is no format of the result", where=fixed.origin, fix=did_you_mean(name, results)
             )
-    return OpRule(
-        unit,
-        legal,
-        global_only=whole,
-        fixed_result={name: _scale_and_zero(fixed, name) for name in fixed.data},
-        numbers=numbers,
-    )
+    return {name: _scale_and_zero(fixed, name) for name in fixed.data}
+
+
+def _factor_range(entry: _Table) -> tuple[float, float] | None:
+    given = entry.data.get("factor_range")
+    if given is None:
+        return None
+    if (
+        not isinstance(given, list)
+        or [type(value) for value in given] != [float, float]
+        or not 0 <= given[0] < given[1]
+    ):
+        raise entry.wrong("factor_range", "a list of two numbers such as [0.001, 256.0], the smaller one first")
+    return given[0], given[1]
 
 
 def _scale_and_zero(table: _Table, name: str) -> tuple[float, int]:

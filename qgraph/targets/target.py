@@ -19,6 +19,7 @@ from qgraph.numerics import Arithmetic, Format, QType, QuantizeRule, Scheme, Seg
 RECIPROCAL_FACTORS = "float32_reciprocal"
 PRODUCT_FACTORS = "float32_product"
 FACTORS = ("float32", "float64", RECIPROCAL_FACTORS, PRODUCT_FACTORS)
+OPTIONAL = ("groups", "dilation")
 
 TableForm: TypeAlias = int | SegmentForm | TwoTables | None
 
@@ -52,6 +53,9 @@ class OpRule:
         fixed_result: result format to the scale and zero point the device always gives it.
         global_only: an average runs only over all of a channel's positions, with one result each.
         numbers: whether an operand may be a number instead of codes.
+        without: options of the operator that the device does not have, of `OPTIONAL`.
+        tensorflow_padding: whether windows are padded as TensorFlow's SAME does, or not at all.
+        factor_range: the factors the device rescales by: from the first (included) to the second.
     """
 
     unit: str
@@ -60,6 +64,9 @@ class OpRule:
     fixed_result: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     global_only: bool = False
     numbers: bool = True
+    without: tuple[str, ...] = ()
+    tensorflow_padding: bool = False
+    factor_range: tuple[float, float] | None = None
 
     def accepts(self, operands: Iterable[Format], result: Format) -> bool:
         """Whether a combination of operand formats and result format is legal."""

@@ -18,6 +18,9 @@ from torch import fx
 from qgraph.export import ONNXRUNTIME_OPTIONS, export_onnx
 from qgraph.export.walk import Form
 
+# int32 sums wrap.
+OVERFLOW = True
+
 SUPPORTED = frozenset(
     {
         *("conv1d", "conv2d", "conv3d", "linear", "matmul", "add", "sub", "mul", "cat", "stack", "quant_stub", "item"),

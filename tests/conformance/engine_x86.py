@@ -19,7 +19,7 @@ from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, module_of
 from qgraph.ir.op import OpKind
 from qgraph.ir.op_table import FAKE_QUANT, ITEM
-from qgraph.lowering.base import spatial
+from qgraph.lowering.options import spatial
 from qgraph.nn import Activation
 from qgraph.numerics import QParams, quantize
 from qgraph.targets import target_of

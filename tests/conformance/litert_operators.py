@@ -13,7 +13,7 @@ from qgraph.ir.arguments import Bound, bind
 from qgraph.ir.evaluate import call_node
 from qgraph.ir.node_info import info, module_of
 from qgraph.ir.op_table import DIV
-from qgraph.lowering.base import spatial
+from qgraph.lowering.options import spatial
 from qgraph.lowering.products import accumulator_step, scale_repeats
 from qgraph.nn import Activation
 from qgraph.numerics import QParams, bias_codes, quantize

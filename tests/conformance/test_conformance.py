@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from qgraph.errors import TargetError
@@ -9,6 +11,7 @@ from qgraph.targets import get_target
 from tests.conformance.compare import ENGINES, engine_of, kernel_sets
 from tests.conformance.session import Session, Summary
 from tests.conformance.shrink import reproducer, shrink
+from tools.conformance import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are deprecated and will be removed")
 
@@ -78,3 +81,21 @@ def test_sessions_repeat() -> None:
     first, second = (Session("bpu", engine_of("bpu"), seed=5).run(12) for _ in range(2))
     assert (first.elements, first.operators) == (second.elements, second.operators)
     assert Session("bpu", engine_of("bpu"), seed=6).run(12).elements != first.elements
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("own.toml", ["there is no engine to compare", "give --no-engine", "onnxruntime"]),
+        ("bup", ["did you mean 'bpu'"]),
+    ],
+)
+def test_what_cannot_be_compared(
+    target: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.toml").write_text('name = "own"\nbase = "bpu"\n', encoding="utf-8")
+    given = str(tmp_path / target) if target.endswith(".toml") else target
+    assert main([given, "--cases", "1"]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message

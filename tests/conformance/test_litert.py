@@ -198,7 +198,7 @@ def test_resnet18(output: QType) -> None:
 @pytest.mark.parametrize("output", [qint8, qint16], ids=str)
 @pytest.mark.parametrize("name", [*SMALL, *NETS])
 def test_many_rounds(name: str, output: QType) -> None:
-    check({**SMALL, **NETS}[name], output, rounds=100)
+    check({**SMALL, **NETS}[name], output, rounds=20)
 
 
 OTHER_WORDS = [

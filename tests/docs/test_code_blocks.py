@@ -17,6 +17,7 @@ PAGES = [
     "docs/exporting_onnx.md",
     "docs/writing_a_pass.md",
     "docs/adding_an_operator.md",
+    "docs/writing_a_target.md",
 ]
 DEFINES_GLOBALLY = {"docs/adding_an_operator.md"}  # extends tables of the process: run in one of its own
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

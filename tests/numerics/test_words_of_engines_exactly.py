@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qgraph.numerics.engine_sums import ENGINE_SUMS, Zeros
-from qgraph.numerics.engines import ENGINE_RULES
+from qgraph.numerics.engines import ENGINE_RULES, OneDnn
+from qgraph.numerics.factor import Factor
 from qgraph.simulator.reference import KERNELS
 from tests.oracle import engines
 
@@ -24,7 +25,7 @@ def accumulators(draw: random.Random, bits: int) -> list[int]:
     return ends + [draw.randint(-(1 << n), 1 << n) for n in (draw.randint(1, bits - 2) for _ in range(COUNT))]
 
 
-def factors(draw: random.Random, largest: float) -> list[float]:
+def drawn_factors(draw: random.Random, largest: float) -> list[float]:
     """Few bits, all bits, near one and near the smallest."""
     exact = [(2 * draw.randint(0, 4) + 1) * 2.0 ** -draw.randint(1, 12) for _ in range(12)]
     free = [draw.uniform(0.5, 1) * 2.0 ** -draw.randint(0, 34) for _ in range(12)]
@@ -47,7 +48,7 @@ def test_one_term(word: str) -> None:
     draw = random.Random(word)
     rule = ENGINE_RULES[word]
     bits = min(rule.accumulator_bits, 40 if word == "tflite_int64" else 32)
-    for factor in factors(draw, 4.0 if word != "tflite_int64" else 1.0):
+    for factor in drawn_factors(draw, 4.0 if word != "tflite_int64" else 1.0):
         values, zero = accumulators(draw, bits), draw.choice([0, 1, -128, 127, 77, 255])
         stored = rule.encode(torch.tensor(factor, dtype=torch.float64))
         got = rule.apply(torch.tensor(values), stored, zero).tolist()
@@ -59,7 +60,7 @@ def test_kernels_rescale_by_the_word(word: str) -> None:
     """The same through a reference kernel, with its clamp."""
     draw = random.Random(word)
     rule = ENGINE_RULES[word]
-    for factor in factors(draw, 1.0):
+    for factor in drawn_factors(draw, 1.0):
         values, zero = accumulators(draw, 32), draw.choice([0, 3, -128, 127])
         stored = rule.encode(torch.tensor(factor, dtype=torch.float64))
         x = torch.tensor(values, dtype=torch.int32)
@@ -70,7 +71,7 @@ def test_kernels_rescale_by_the_word(word: str) -> None:
 
 def test_fbgemm_adds_its_bias_in_float() -> None:
     draw = random.Random(1)
-    for factor in factors(draw, 4.0):
+    for factor in drawn_factors(draw, 4.0):
         values, bias = accumulators(draw, 32), draw.choice([0.5, -0.5, 1 / 3, 1e6 + 0.25])
         stored = ENGINE_RULES["fbgemm"].encode(torch.tensor(factor, dtype=torch.float64))
         got = ENGINE_RULES["fbgemm"].apply(torch.tensor(values), stored, 7, torch.tensor(bias)).tolist()
@@ -78,21 +79,22 @@ def test_fbgemm_adds_its_bias_in_float() -> None:
         assert got == [engines.fbgemm(value, single(factor), 7, single(bias)) for value in values]
 
 
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("bias", [None, 0.25, -1 / 3])
-def test_onednn(bias: float | None) -> None:
+def test_onednn(bias: float | None, linear: bool) -> None:
     draw = random.Random(2)
+    rule = OneDnn()
     for _ in range(30):
         scales = [draw.choice([draw.uniform(0.1, 4), 2.0 ** -draw.randint(0, 9), 0.75]) for _ in range(3)]
-        factor = torch.tensor(scales, dtype=torch.float32)
         values = accumulators(draw, 32)
-        stored = ENGINE_RULES["fbgemm"].encode(torch.tensor(1.0, dtype=torch.float64))
-        stored = type(stored)(factor, None)
+        stored = rule.stages(*(torch.tensor(scale, dtype=torch.float32) for scale in scales), linear=linear)
+        source, weight, result = (engines.single(scale) for scale in scales)
+        factors = engines.onednn_factors(source, weight, result, linear=linear)
+        assert [Fraction(factor) for factor in stored.tolist()] == list(factors)
         given = None if bias is None else torch.tensor(bias)
-        got = ENGINE_RULES["onednn"].apply(torch.tensor(values), stored, 5, given).tolist()
-        exact = [engines.single(scale) for scale in scales]
+        got = rule.apply(torch.tensor(values), Factor(stored, None), 5, given).tolist()
         real = None if bias is None else engines.single(bias)
-        expected = [engines.onednn(value, (exact[0], exact[1], exact[2]), 5, real) for value in values]
-        assert got == expected
+        assert got == [engines.onednn(value, factors, 5, real) for value in values]
 
 
 # --- sums ----------------------------------------------------------------------------------------------------------

@@ -61,7 +61,18 @@ def onednn(acc: int, factors: tuple[Fraction, Fraction, Fraction], zero: int, bi
     real = single(single(single(acc) * source) * weight)
     if bias is not None:
         real = single(real + bias)
-    return as_int32(half_even(single(single(real * result) + zero)))
+    return half_even(min(max(single(single(real * result) + zero), Fraction(LOWEST)), Fraction(-LOWEST - 128)))
+
+
+def onednn_factors(
+    source: Fraction, weight: Fraction, result: Fraction, *, linear: bool
+) -> tuple[Fraction, Fraction, Fraction]:
+    """What is stored for three scales: torch hands them over as reciprocals, which rounds twice."""
+
+    def again(scale: Fraction) -> Fraction:
+        return single(1 / single(1 / scale))
+
+    return again(source), again(weight) if linear else weight, single(1 / again(result))
 
 
 def quantize_multiplier(factor: Fraction) -> tuple[int, int]:

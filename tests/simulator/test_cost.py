@@ -66,6 +66,20 @@ def test_int16_weights_halve_the_rate() -> None:
     assert cost.cycles == cost.macs / 512
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "x86", "litert"])
+def test_integers_on_a_processor_take_the_rates_of_their_formats(name: str) -> None:
+    x, target = torch.randn(1, 64, 16, 16), get_target(name)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Sigmoid(), nn.Tanhshrink())
+    prepared = prepare(model.eval(), x, target=target)
+    calibrate(prepared, [x], progress=False)
+    by_site = {op.site: op.cost for op in Simulator(convert(prepared)).run(x, record=True).ops}
+    rates, eight = target.units["cpu"], target.eight_bits
+    products, table, island = by_site["0"], by_site["1"], by_site["2"]
+    assert products.cycles == products.macs / rates[f"{eight}*int8"]
+    assert table.cycles == max(table.elements / rates[str(eight)], table.bytes / target.bytes_per_cycle)
+    assert island.cycles == max(island.elements / rates["float32"], island.bytes / target.bytes_per_cycle)
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "macs"),
     [

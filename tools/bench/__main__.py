@@ -1,6 +1,6 @@
 """Runs benchmarks and prints their tables.
 
-`python -m tools.bench [prepare growth calibration fidelity artifact simulate]`
+`python -m tools.bench [prepare growth calibration fidelity artifact convert simulate]`
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tools.bench import artifact, calibration, fidelity, growth, prepare, simulate
+from tools.bench import artifact, calibration, convert, fidelity, growth, prepare, simulate
 
 BENCHMARKS: dict[str, Callable[[], str]] = {
     "prepare": prepare.run,
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, Callable[[], str]] = {
     "calibration": calibration.run,
     "fidelity": fidelity.run,
     "artifact": artifact.run,
+    "convert": convert.run,
     "simulate": simulate.run,
 }
 

@@ -23,6 +23,10 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from qgraph.numerics import quint8
+
+_BYTE = quint8.qmax
+
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The loop, compiled at its first call and kept on disk where a folder can be written."""
@@ -222,8 +226,8 @@ def count_pairs(first, second, table):
 def split(codes, flip, out):
     """Low bytes of 16-bit codes, and high bytes xor `flip`."""
     for i in range(codes.shape[0]):
-        out[0, i] = codes[i] & 255
-        out[1, i] = ((codes[i] >> 8) & 255) ^ flip
+        out[0, i] = codes[i] & _BYTE
+        out[1, i] = ((codes[i] >> 8) & _BYTE) ^ flip
 
 
 @_compiled

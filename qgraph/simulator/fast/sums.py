@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from qgraph.numerics import qint8, qint16, qint32, quint8
+from qgraph.numerics import one_column_is_wrong, qint8, qint16, qint32, quint8
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
 from qgraph.simulator.fast.layout import as_unsigned, channels_last, rows_of
 from qgraph.simulator.fast.loops import loops
@@ -53,7 +53,8 @@ def convolution_sums(
     geometry = (list(options["stride"]), list(options["padding"]), list(options["dilation"]))
     groups = int(options["groups"])
     kind = kind_of(weight.shape[1] * groups, weight.shape[0], (weight.shape[2], weight.shape[3]), groups)
-    if weight.dtype is torch.int8 and x.device.type == "cpu" and kind in exact_kinds():
+    wrong = one_column_is_wrong(weight.shape, groups) and _columns(x, weight, geometry) == 1
+    if weight.dtype is torch.int8 and x.device.type == "cpu" and kind in exact_kinds() and not wrong:
         if x.dtype in _BYTES:
             sums = _byte_convolution(weight, bias, low, high, geometry, groups, saturates=saturates)
             if sums is not None:
@@ -63,6 +64,12 @@ def convolution_sums(
             if both is not None:
                 return both
     return _carried_convolution(weight, bias, low, high, zero, geometry, groups, x.device)
+
+
+def _columns(x: Operand, weight: torch.Tensor, geometry: Geometry) -> int:
+    """Width of the result."""
+    stride, padding, dilation = (values[1] for values in geometry)
+    return (x.shape[-1] + 2 * padding - dilation * (weight.shape[-1] - 1) - 1) // stride + 1
 
 
 def _byte_convolution(
