@@ -214,6 +214,15 @@ def look_up_pairs(first, second, table, out):
 
 
 @_compiled
+def count_pairs(first, second, table):
+    """How many pairs have a true entry in `table`."""
+    count = 0
+    for i in range(first.shape[0]):
+        count += table[(np.int32(first[i]) << 8) + second[i]]
+    return count
+
+
+@_compiled
 def split(codes, flip, out):
     """Low bytes of 16-bit codes, and high bytes xor `flip`."""
     for i in range(codes.shape[0]):

@@ -86,9 +86,11 @@ class _Table:
 
     def fill(self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, trace: KernelTrace | None) -> None:
         """Results for `x` and `y` `[n]` into `out`."""
-        if trace is None and loops() is not None and x.device.type == "cpu":
+        if loops() is not None and x.device.type == "cpu":
             first, second = (codes.numpy().view(np.uint8) for codes in (x, y))
             loops().look_up_pairs(first, second, self.entries.numpy(), out.numpy())
+            if trace is not None:
+                trace.saturated += loops().count_pairs(first, second, self.saturates.numpy())
         else:
             out.copy_(self.of(x, y, trace))
 
