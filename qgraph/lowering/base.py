@@ -128,16 +128,17 @@ class LoweringContext:
         self._check_factor(node, found)
         return found
 
-    def check_scale(self, node: fx.Node) -> None:
-        """Refuses results finer than the device computes them.
+    def check_scale(self, node: fx.Node, op: str | None = None) -> None:
+        """Refuses results finer than the device computes them, of the node's operator or of another fused with it.
 
         Raises:
             QuantizationError: this one is.
         """
-        rule, result = self.target.rule(info(node).op.name), info(node).qparams
+        op = op or info(node).op.name
+        rule, result = self.target.rule(op), info(node).qparams
         if rule is not None and result is not None and bool((result.scale < rule.least_scale).any()):
             raise QuantizationError(
-                f"{self.target.name} gives no {info(node).op} a scale of {result.scale.min().item():g}",
+                f"{self.target.name} gives no {op} a scale of {result.scale.min().item():g}",
                 why=f"the smallest scale of its results is {rule.least_scale:g}",
                 fix="look at the calibrated range of this site",
             )
@@ -194,7 +195,7 @@ def encode_saturating(rule: Rule, factor: torch.Tensor, result: QType) -> Factor
     """
     if isinstance(rule, (EngineSum, EngineSoftmax)):
         raise UserError(f"{rule} does not rescale single values", fix="give this operator another word")
-    beyond = rule.largest > 2.0 * (1 << result.bits)
+    beyond = rule.largest > 2.0 * (1 << result.bits) and getattr(rule, "saturates", True)
     return rule.encode(factor.clamp(-rule.largest, rule.largest) if beyond else factor)
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, module_of, where
-from qgraph.ir.op_table import LINEAR, TRANSPOSED
+from qgraph.ir.op_table import LINEAR, RELU6, TRANSPOSED
 from qgraph.lowering.base import Lowering, LoweringContext, bounds, encode_saturating, register_lowering, sum_rule
 from qgraph.lowering.options import shape_of, spatial
 from qgraph.nn import Activation
@@ -83,6 +83,8 @@ class ProductLowering(Lowering):
     ) -> tuple[list[fx.Node | None], dict[str, Any]]:
         """Multiplier, shift and residual multiplier; arithmetic and bounds."""
         result, residual = ctx.qparams(node), bind(node).operand("residual")
+        if activation is Activation.RELU6:
+            ctx.check_scale(node, RELU6.name)
         limits = ctx.bounds(result, *_LIMITS[activation]) if result.qtype != qint32 else _raw_bounds(activation)
         arithmetic = product_arithmetic(node, ctx)
         if result.qtype == qint32:

@@ -44,11 +44,13 @@ class EngineRule(ABC):
         name: the word.
         accumulator_bits: widest accumulator it is exact for.
         largest: the largest real factor it stores.
+        saturates: whether larger factors saturate results; else what the engine does with them is not defined.
     """
 
     name: ClassVar[str]
     accumulator_bits: ClassVar[int] = 64
     largest: ClassVar[float] = float(1 << 31) * (1 - torch.finfo(torch.float32).eps)
+    saturates: ClassVar[bool] = True
 
     def encode(self, factor: torch.Tensor) -> Factor:
         """What the engine stores for a real factor (float64, any shape, finite).
@@ -141,6 +143,7 @@ class Gemmlowp(EngineRule):
 
     name = "gemmlowp"
     accumulator_bits = 32
+    saturates = False
 
     def _stored(self, factor: torch.Tensor) -> Factor:
         return quantize_multiplier(factor)

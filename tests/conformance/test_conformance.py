@@ -15,9 +15,9 @@ from tools.conformance import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are deprecated and will be removed")
 
-QUICK = 200
-MANY = 2000
-LARGE = 40
+QUICK = 120
+MANY = 2500
+LARGE = 8
 
 
 def targets() -> list[str]:

@@ -111,6 +111,8 @@ SCALES: dict[str, tuple[str, str, Callable[..., Any], str, tuple[float, float], 
     "hardswish": ("litert", "int8", F.hardswish, "hardswish", (2.0**26, 2.0**26), "32 bits", (2.0**24, 2.0**24)),
     "tanh": ("litert", "int16", torch.tanh, "tanh", (2.0**18, 2.0**-15), "32 bits", (2.0**17, 2.0**-15)),
     "mean": ("onnxruntime", "uint8", lambda x: x.mean((2, 3)), "mean", (4096.0, 1.0), "by 256", (4095.0, 1.0)),
+    "litert relu6": ("litert", "int8", F.relu6, "relu6", (1e-9, 2e-9), "no relu6 a scale of 2e-09", (3e-9, 3e-9)),
+    "gemmlowp": ("litert", "int16", F.relu6, "relu6", (2.0**19, 2.0**-13), "factor is above", (2.0**17, 2.0**-13)),
     "relu6": ("onnxruntime", "int8", F.relu6, "relu6", (1e-8, 1e-8), "no relu6 a scale of 1e-08", (1e-3, 1e-3)),
 }
 
