@@ -175,10 +175,10 @@ class TfliteAdd(EngineSum):
     def encode(self, x: torch.Tensor, y: torch.Tensor, result: torch.Tensor, sign: float, bits: int) -> AddFactors:
         twice = 2.0 * torch.maximum(x, y).double()
         lifted = 2.0 ** _lift(bits) * result.double()
-        if sign > 0 and bool(twice >= lifted):
+        if bool(twice >= lifted):
             raise QuantizationError(
                 f"{self} cannot add scale {torch.maximum(x, y).item():g} to scale {result.item():g}",
-                why="the engine stops where the result is finer than the operands by so much",
+                why="the engine stops, or computes nonsense, where the result is finer than the operands by so much",
                 fix="look at the calibrated ranges around this op",
             )
         parts = [quantize_multiplier(real) for real in (x.double() / twice, y.double() / twice, twice / lifted)]
