@@ -178,6 +178,8 @@ def _units(source: QParams, powers: tuple[int, ...]) -> torch.Tensor:
             why="the engine's factor for its operand leaves 32 bits",
             fix="look at the calibrated range of the operand",
         )
+    if not int(real):  # which the kernels take for a power of two
+        return wrap32(_codes(qint16) * (3 << shift))
     return wrap32(_codes(qint16) * int(real) + ((1 << shift) >> 1)) >> shift
 
 
