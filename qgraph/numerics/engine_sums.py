@@ -178,7 +178,7 @@ class TfliteAdd(EngineSum):
         if bool(twice >= lifted):
             raise QuantizationError(
                 f"{self} cannot add scale {torch.maximum(x, y).item():g} to scale {result.item():g}",
-                why="the engine stops, or computes nonsense, where the result is finer than the operands by so much",
+                why=f"its last factor is {(twice / lifted).item():g}, and the engine computes with those below 1 only",
                 fix="look at the calibrated ranges around this op",
             )
         parts = [quantize_multiplier(real) for real in (x.double() / twice, y.double() / twice, twice / lifted)]
