@@ -15,7 +15,7 @@ from tools.conformance import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are deprecated and will be removed")
 
-QUICK = 120
+QUICK = 60
 MANY = 2500
 LARGE = 8
 
@@ -56,14 +56,15 @@ def engine_session(target: str, seed: int) -> Session:
 @pytest.mark.parametrize("target", targets())
 def test_cases(target: str) -> None:
     summary = check(engine_session(target, seed=0), QUICK)
-    assert {"conv2d", "linear", "add", "relu"} <= set(summary.operators)
-    assert set(summary.formats) == set(get_target(target).activations)
+    assert {"conv2d", "linear", "add"} <= set(summary.operators)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", targets())
 def test_many_cases(target: str) -> None:
-    check(engine_session(target, seed=1), MANY)
+    summary = check(engine_session(target, seed=1), MANY)
+    assert {"conv2d", "linear", "add", "relu", "cat", "sigmoid"} <= set(summary.operators)
+    assert set(summary.formats) == set(get_target(target).activations)
 
 
 @pytest.mark.parametrize("target", [target for target in targets() if kernel_sets()])

@@ -14,7 +14,8 @@ from tests.conformance.shrink import Failure, reproducer, shrink
 CASES = 400
 
 
-QUICK = ("ties upwards in sums", "padding with 0")
+QUICK = ("ties upwards in sums",)
+SLOW = ("the end of a long sum lost", "ties upwards in sums")
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,9 @@ def test_a_wrong_kernel_is_found_and_shrunk(name: str) -> None:
         check_runs(reproducer(smallest))
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAULTS]
+)
 def test_a_wrong_kernel_is_found(name: str) -> None:
     target, operators, fault = FAULTS[name]
     with wrong_kernels(operators, fault) as kernels:
