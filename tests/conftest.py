@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# The same examples in every run, and no deadline: a first call imports and compiles, and the machine may be busy.
+settings.register_profile("qgraph", derandomize=True, deadline=None)
+settings.load_profile("qgraph")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -100,10 +100,10 @@ def test_means_store_no_single_factor(word: str) -> None:
 
 def test_a_sum_the_engine_stops_at_is_refused() -> None:
     large, small = torch.tensor(1.0), torch.tensor(2.0**-19)
-    with pytest.raises(QuantizationError, match="tflite_add cannot add scale 1"):
-        TfliteAdd().encode(large, small, small, 1.0, 8)
-    TfliteAdd().encode(large, small, small, -1.0, 8)
-    TfliteAdd().encode(large, small, torch.tensor(2.0**-18), 1.0, 8)
+    for sign in (1.0, -1.0):
+        with pytest.raises(QuantizationError, match="tflite_add cannot add scale 1"):
+            TfliteAdd().encode(large, small, small, sign, 8)
+        TfliteAdd().encode(large, small, torch.tensor(2.0**-18), sign, 8)
 
 
 def test_a_softmax_of_scales_the_engine_refuses() -> None:
