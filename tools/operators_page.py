@@ -7,6 +7,7 @@ from pathlib import Path
 from passes import decompose_composites, decompose_layers
 from qgraph.ir.op import Op, OpKind
 from qgraph.ir.op_table import OPS
+from qgraph.rewrite.values_and_indices import STEPS
 from qgraph.targets import Target, get_target
 from qgraph.targets.find import BUILT_IN
 
@@ -19,7 +20,8 @@ before it, a quantize behind it, float32 in between. Made from the op table and 
 tools.operators_page`; a test keeps it up to date.
 
 *taken apart* means that a pass replaces the operator by simpler ones of this table, which the target has; their results
-are sites of their own. A module, function, method or overload of the same meaning is the same operator.
+are sites of their own. A module, function, method or overload of the same meaning is the same operator. Where the
+indices of `max` and `min` are read, they are `argmax` or `argmin` and `take_along_dim`.
 """
 
 _TITLES = {
@@ -63,7 +65,9 @@ def cell(op: Op, target: Target) -> str:
 
 
 def _steps(op: Op) -> list[str] | None:
-    """The operators a composite is taken apart into; None if nothing takes it apart."""
+    """The operators one is taken apart into; None if nothing takes it apart."""
+    if op in STEPS:
+        return [step.name for step in STEPS[op]]
     for rules in (decompose_layers._RULES, decompose_composites._RULES):
         if op.decomposition in rules:
             return [step.name for step in rules[op.decomposition].steps]

@@ -27,6 +27,14 @@ from qgraph.ir.values import TensorSpec
 
 _FIELDS = {"values": 0, "indices": 1}
 
+# What each is written as, for the page of operators; extremes where their values alone are read.
+STEPS: dict[Op, tuple[Op, ...]] = {
+    ops.MAX: (ops.AMAX,),
+    ops.MIN: (ops.AMIN,),
+    ops.TOPK: (ops.TOP_INDICES, ops.TAKE_ALONG_DIM),
+    ops.SORT: (ops.ARGSORT, ops.TAKE_ALONG_DIM),
+}
+
 
 def split_extreme(node: fx.Node, edit: Editor) -> bool:
     """`max` and `min` of a tensor, along a dimension, or of two tensors."""

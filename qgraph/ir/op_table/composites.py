@@ -192,8 +192,15 @@ MASK = define(
     OpKind.COMPOSITE,
     lambda input, above=None, inverted=False: None,
     target=QF.mask,
+    refusal="it makes no codes: a mask is taken up by the softmax, comparison or choice that reads it",
 )
-MASK_BIAS = define("mask_bias", OpKind.COMPOSITE, lambda input, above: None, target=QF.mask_bias)
+MASK_BIAS = define(
+    "mask_bias",
+    OpKind.COMPOSITE,
+    lambda input, above: None,
+    target=QF.mask_bias,
+    refusal="it makes no codes: it stands for a mask outside of a softmax, in float",
+)
 
 
 def _sum_of_product(name: str) -> Op:

@@ -165,6 +165,7 @@ SET_ITEM = define(
     "input value",
     target=QF.set_item,
     in_place=(operator.setitem, "__setitem__"),
+    refusal="a write into a part of a tensor has no integer form; write it with torch.cat or torch.where",
 )
 COPY_TO = define(
     "copy_to",
@@ -173,6 +174,7 @@ COPY_TO = define(
     "input other",
     target=QF.copy_to,
     in_place=(("copy_", args("input other non_blocking", ignored="non_blocking")),),
+    refusal="a write into a part of a tensor has no integer form; write it with torch.cat or torch.where",
 )
 _PADS = {"pad": "padding"}
 _MIRRORED: dict[str, str | Fixed] = {"pad": "padding", "mode": Fixed("reflect")}
@@ -307,4 +309,5 @@ CAST = define(
         ("cuda", args("input device non_blocking memory_format", device="cuda")),
         *((name, args("input memory_format", dtype=dtype)) for name, dtype in _CASTS.items()),
     ),
+    refusal="formats are the plan's choice; a cast ends what is quantized",
 )
