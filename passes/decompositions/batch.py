@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.capture.inputs import with_batch
+from qgraph.capture.values.variants import with_batch
 from qgraph.ir.evaluate import evaluate
 from qgraph.ir.node_info import graph_info, info, module_of
 from qgraph.ir.op_table import GUARD
