@@ -176,9 +176,7 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
 
 def _kind(members: dict[str, bytes]) -> str:
     if FORMAT_MEMBER not in members:
-        raise ArtifactError(
-            f"the file has no {FORMAT_MEMBER}", why="its other members are there", fix=DAMAGED
-        )
+        raise ArtifactError(f"the file has no {FORMAT_MEMBER}", why="its other members are there", fix=DAMAGED)
     head = parse_json(members[FORMAT_MEMBER], FORMAT_MEMBER)
     if not isinstance(head, dict) or head.get("format") != FORMAT or type(head.get("version")) is not int:
         raise ArtifactError(f"{FORMAT_MEMBER} does not name a version of the format", fix=DAMAGED)
