@@ -9,6 +9,7 @@ that an operand in the wrong format gets a stub that converts it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -103,8 +104,12 @@ class _Planner:
         if isinstance(stub, QuantStub) and stub.scale is not None:
             fixed, rule = stub.scale, _STUB_RULE
         weight = require_integer(qconfig.weight, where(node)) if record.op in FUSABLE else None
-        if qconfig.input is not None:
-            operands = self._converted_inputs(node, operands, require_integer(qconfig.input, where(node)), rule)
+        if qconfig.input is not None and operands:
+            wanted = require_integer(qconfig.input, where(node))
+            if not self._can_enter(wanted):
+                given = [wanted if name != "residual" else self.formats[operand] for name, operand in operands]
+                raise self._illegal(node, given if weight is None else [wanted, weight], result, rule)
+            operands = self._converted_inputs(node, operands, wanted, rule)
         overrode: tuple[str, ...] = ()
         if record.op is not QUANT_STUB:
             keeps = self._keeps_scale(node)
@@ -130,12 +135,10 @@ class _Planner:
     def _kept(self, node: fx.Node, rule: str, asked: QType, result: QType, operand: QType) -> str:
         """What was overridden where a result must have its operand's format."""
         if rule not in (*self.defaults, _INNER_RULE) or result != operand:
-            raise QuantizationError(
-                f"{info(node).op} from {operand} to {asked} is illegal on {self.target.name}",
-                where=where(node),
-                why=f"the device keeps format and scale of the operand; decided by: {rule}",
-                fix=f"ask for {operand}, or give the operand the other format",
-            )
+            error = self._illegal(node, [operand], asked, rule)
+            error.why = f"the device keeps format and scale of the operand; {error.why}"
+            error.fix = f"nearest legal: {operand} -> {operand}; or give the operand the other format"
+            raise error
         return f"{rule}: {asked}, but {self.target.name} keeps the operand's format and scale"
 
     def _as_the_device_scales(self, node: fx.Node, plan: SitePlan) -> SitePlan:
@@ -157,14 +160,26 @@ class _Planner:
         return replace(plan, fixed_scale=scale, fixed_zero=zero)
 
     def _scheme(self, node: fx.Node, result: QType, rule: str) -> Scheme:
-        if str(result) not in self.target.activations:
-            raise QuantizationError(
-                f"{self.target.name} has no results in {result}",
-                where=where(node),
-                why=f"decided by: {rule}",
-                fix=f"use {', '.join(self.target.activations)}",
-            )
+        entering = info(node).op is QUANT_STUB and not _is_table(node)
+        if str(result) not in self.target.activations or (entering and not self._can_enter(result)):
+            raise self._illegal(node, [result] if entering else [], result, rule)
         return self.target.activation_scheme(result)
+
+    def _can_enter(self, result: QType) -> bool:
+        stub = self.target.rule(QUANT_STUB.name)
+        return str(result) in self.target.activations and (
+            stub is None or any(result in line.results for line in stub.legal)
+        )
+
+    def _illegal(self, node: fx.Node, given: Sequence[Format], result: QType, rule: str) -> QuantizationError:
+        """Says which combination is illegal for which operator, and the nearest that is not."""
+        op, name = info(node).op.name, self.target.name
+        return QuantizationError(
+            f"{_combination(given, result)} is illegal for {op} on {name}",
+            where=where(node),
+            why=f"decided by: {rule}",
+            fix=f"nearest legal: {self.target.nearest_legal(op, given, result)}",
+        )
 
     def _decide(self, node: fx.Node) -> tuple[QConfig, str]:
         record = info(node)
@@ -194,7 +209,7 @@ class _Planner:
         given = self._operand_formats(node, operands, weight)
         if legal is None or legal.accepts(given, result):
             return weight, result, operands, ()
-        request = f"{', '.join(map(str, given))} -> {result}"
+        request = _combination(given, result)
         explicit = rule not in self.defaults and rule not in _DEFAULT_RULES
         # A format that no line has at all was never meant as a default among others.
         known = weight is None or any(weight in line.operands[-1] for line in legal.legal)
@@ -215,12 +230,7 @@ class _Planner:
                 if legal.accepts(given, other):
                     self.notes.append(f"{info(node).site}: result {other} instead of {result}")
                     return weight, other, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
-        raise QuantizationError(
-            f"{request} is illegal for {info(node).op} on {self.target.name}",
-            where=where(node),
-            why=f"decided by: {rule}",
-            fix=f"nearest legal: {self.target.nearest_legal(info(node).op.name, given, result)}",
-        )
+        raise self._illegal(node, given, result, rule)
 
     def _operand_formats(
         self, node: fx.Node, operands: tuple[tuple[str, fx.Node], ...], weight: QType | None
@@ -282,6 +292,10 @@ def _computes_positions(graph: fx.Graph) -> set[fx.Node]:
         if info(node).op.kind is not OpKind.MATMUL and info(node).op not in (QUANT_STUB, DEQUANT_STUB):
             pending += [operand for _, operand in _operands(node)] if node.op.startswith("call") else []
     return found
+
+
+def _combination(given: Sequence[Format], result: QType) -> str:
+    return f"{', '.join(map(str, given))} -> {result}" if given else f"a result in {result}"
 
 
 def _is_table(node: fx.Node) -> bool:

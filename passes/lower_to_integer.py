@@ -21,7 +21,7 @@ from qgraph.ir.op_table import DEQUANT_STUB, FAKE_QUANT, ITEM
 from qgraph.ir.stage import Stage
 from qgraph.ir.values import holds_floats
 from qgraph.lowering import LoweringContext, lowering_of
-from qgraph.lowering.accumulators import overflowing
+from qgraph.lowering.accumulators import Overflowing, overflowing
 from qgraph.lowering.base import coded
 from qgraph.pipeline import REDEFINES, Numerics, Pass, PassContext, PassResult
 from qgraph.targets import target_of
@@ -69,10 +69,20 @@ class LowerToInteger(Pass):
             raise QuantizationError(
                 f"sums of {len(found)} operator(s) may leave their accumulator",
                 where="; ".join(entry.where for entry in found),
-                why=str(found[0]),
-                fix="use fewer bits for operands or weights, make biases smaller, or convert without strict",
+                why=f"strict=True allows no codes, likely or not, that leave it. {found[0]}",
+                fix=_fix(found),
             )
         return tuple(map(str, found))
+
+
+def _fix(found: list[Overflowing]) -> str:
+    """What would make all sums fit that 8 bits can help, and what else there is."""
+    narrowed = dict.fromkeys(site for entry in found for site in entry.narrowed)
+    others = [f"for {info(entry.node).site}: {entry.fix}" for entry in found if not entry.narrowed]
+    if narrowed:
+        names = ", ".join(f'"{site}": QConfig(output="int8")' for site in narrowed)
+        others.insert(0, f"prepare with ModuleNameQconfigSetter({{{names}}}) before the other setters")
+    return "; ".join((*others, "or convert without strict, and see in a Simulator's run whether any sum overflowed"))
 
 
 def _lower(node: fx.Node, edit: Editor, context: LoweringContext) -> None:

@@ -75,9 +75,9 @@ def passes() -> None:
 
 @app.command()
 def targets(
-    lint: Annotated[Path | None, typer.Option(help="Look for contradictions in a target file instead.")] = None,
+    lint: Annotated[str | None, typer.Option(help="Look for contradictions in a target or its file instead.")] = None,
 ) -> None:
-    """List the targets, or check the file of one: exit code 1 if it contradicts itself."""
+    """List the targets, or check one, by name or TOML file: exit code 1 if it contradicts itself."""
     if lint is not None:
         _lint(lint)
         return
@@ -91,12 +91,12 @@ def targets(
     typer.echo(_table(rows, ("target", "description", "operators")))
 
 
-def _lint(path: Path) -> None:
-    findings = lint_target(path)
+def _lint(target: str) -> None:
+    findings = lint_target(target)
     for finding in findings:
         typer.echo(str(finding))
     errors = sum(finding.severity is Severity.ERROR for finding in findings)
-    typer.echo(f"{path}: {errors} error(s), {len(findings) - errors} warning(s)")
+    typer.echo(f"{target}: {errors} error(s), {len(findings) - errors} warning(s)")
     if errors:
         raise typer.Exit(1)
 

@@ -13,14 +13,23 @@ from torch import fx
 from passes.decompositions.steps import Decomposition, Steps, float_input
 from qgraph.ir import op_table as ops
 from qgraph.ir.arguments import bind
+from qgraph.ir.node_info import info
+from qgraph.ir.shapes import tensor_spec
 from qgraph.lowering.base import is_number
 from qgraph.rewrite import Verdict, no, skip
 
 
 def _check_div(node: fx.Node) -> Verdict:
     bound = bind(node)
-    if not isinstance(bound.operand("other"), fx.Node):
+    divisor = bound.operand("other")
+    if not isinstance(divisor, fx.Node):
         return skip()  # division by a number is one operator: nothing to take apart
+    if tensor_spec(divisor) is None:
+        return no(
+            f"it divides by {info(divisor).site}, a number that follows from the batch size at every call: "
+            "divide by a constant, or by a tensor",
+            node,
+        )
     if bound.option("rounding_mode") is not None:
         return no("it rounds its quotient", node)
     return float_input(node)

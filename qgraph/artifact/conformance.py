@@ -24,7 +24,7 @@ from qgraph.artifact.read import graph_of
 from qgraph.artifact.tensors import TensorReader, TensorWriter
 from qgraph.artifact.values import ValueReader, ValueWriter, listed, mapping, placed, text
 from qgraph.artifact.write import graph_members, made_by
-from qgraph.capture.structure import as_example, format_path, leaves
+from qgraph.capture.values.structure import as_example, format_path, leaves
 from qgraph.errors import ArtifactError, UserError
 from qgraph.ir.node_info import ExampleInputs, graph_info, info
 from qgraph.simulator import Simulator

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qgraph.artifact.foreign import Foreign, foreign_file, foreign_zip, names_in_zip
 from qgraph.errors import ArtifactError, UserError
 
 FORMAT = "qgraph"
@@ -123,6 +124,9 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 
 def _members(data: bytes, where: str) -> dict[str, bytes]:
+    foreign = _foreign(data)
+    if foreign is not None:
+        raise foreign.error(where)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
@@ -133,11 +137,20 @@ def _members(data: bytes, where: str) -> dict[str, bytes]:
         raise
     except Exception as error:  # zipfile raises a dozen kinds on damaged files
         raise ArtifactError(
-            "the file is no artefact of qgraph, or it is damaged",
+            "the file is no artefact of qgraph, or a damaged one",
             where=where,
             why=f"{type(error).__name__}: {error}",
             fix=DAMAGED,
         ) from error
+
+
+def _foreign(data: bytes) -> Foreign | None:
+    """What the file is, if it is surely none of qgraph's: a damaged one still names some of its members."""
+    is_zip = any(magic in data for magic in (b"PK\x03\x04", b"PK\x01\x02"))
+    if is_zip and any(name.encode() in data for name in (FORMAT_MEMBER, CHECKSUMS_MEMBER)):
+        return None
+    names = names_in_zip(data)
+    return foreign_file(data) if names is None else foreign_zip(names)
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
@@ -163,7 +176,7 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
 
 def _kind(members: dict[str, bytes]) -> str:
     if FORMAT_MEMBER not in members:
-        raise ArtifactError(f"the file has no {FORMAT_MEMBER}", why="it is a zip file, but no artefact of qgraph")
+        raise ArtifactError(f"the file has no {FORMAT_MEMBER}", why="its other members are there", fix=DAMAGED)
     head = parse_json(members[FORMAT_MEMBER], FORMAT_MEMBER)
     if not isinstance(head, dict) or head.get("format") != FORMAT or type(head.get("version")) is not int:
         raise ArtifactError(f"{FORMAT_MEMBER} does not name a version of the format", fix=DAMAGED)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.capture.inputs import varied
-from qgraph.capture.layout import laid_out_as
-from qgraph.capture.structure import Path, leaves, map_leaves
+from qgraph.capture.values.layout import laid_out_as
+from qgraph.capture.values.structure import Path, leaves, map_leaves
+from qgraph.capture.values.variants import varied
 from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import info
 from qgraph.ir.op_table import FIELD, GUARD, ITEM, SIZE

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qgraph.capture import sizes
+from qgraph.capture.sizes.expressions import number_of_parts
 from qgraph.errors import ArtifactError, did_you_mean
 from qgraph.ir import functional as QF
 from qgraph.ir.integer import NAMESPACE, integer_name, integer_operator
@@ -46,7 +46,7 @@ _NAMESPACES: tuple[tuple[str, Any], ...] = (
 _STRUCTURE: dict[str, Function] = {
     "getattr": getattr,
     "round": round,
-    "number_of_parts": sizes._parts,
+    "number_of_parts": number_of_parts,
     **{
         f"operator.{name}": getattr(operator, name)
         for name in (
@@ -154,7 +154,7 @@ def function_name(function: Any) -> str:
 @lru_cache
 def _other_names() -> dict[Any, str]:
     """Functions that are called otherwise in their namespace than by themselves, such as `torch.fft.fft`."""
-    found: dict[Any, str] = {sizes._parts: "number_of_parts"}
+    found: dict[Any, str] = {number_of_parts: "number_of_parts"}
     for prefix, namespace in _NAMESPACES:
         for name, function in sorted(vars(namespace).items()):
             if not name.startswith("_") and inspect.isbuiltin(function):

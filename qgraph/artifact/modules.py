@@ -17,9 +17,9 @@ from torch import nn
 from qgraph.artifact.known import class_name, module_classes
 from qgraph.artifact.records import RecordReader, RecordWriter
 from qgraph.artifact.values import flag, listed, mapping, text, understood, whole
-from qgraph.capture.guard import InputGuard, Rule
-from qgraph.capture.inputs import BatchChoice
-from qgraph.capture.sizes import Condition
+from qgraph.capture.boundary.guard import InputGuard, Rule
+from qgraph.capture.sizes.expressions import Condition
+from qgraph.capture.values.variants import BatchChoice
 from qgraph.errors import ArtifactError
 from qgraph.nn import Activation, Affine, Fused
 from qgraph.nn.fused import FUSED_CLASSES, as_fused

@@ -19,7 +19,7 @@ from qgraph.artifact.schema import check_call
 from qgraph.artifact.tensors import TensorReader
 from qgraph.artifact.values import listed, mapping, placed, text, understood
 from qgraph.artifact.write import CALLS, GRAPH_KIND, GRAPH_MEMBER, TENSORS_MEMBER, TEXT_MEMBER
-from qgraph.capture.outputs import BuilderParts, builder_of
+from qgraph.capture.boundary.outputs import BuilderParts, builder_of
 from qgraph.errors import ArtifactError, QGraphError
 from qgraph.ir.graph_module import CheckedGraphModule
 from qgraph.ir.integer import integer_name

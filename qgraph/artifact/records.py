@@ -20,8 +20,8 @@ from torch import fx, nn
 
 from qgraph.artifact.known import KnownFunctions, class_name
 from qgraph.artifact.values import ValueReader, ValueWriter, listed, mapping, text, understood, whole
-from qgraph.capture.layout import TensorLayout
-from qgraph.capture.sizes import Computed, Linear, SizeOf
+from qgraph.capture.sizes.expressions import Computed, Linear, SizeOf
+from qgraph.capture.values.layout import TensorLayout
 from qgraph.errors import ArtifactError, UserError
 from qgraph.ir.node_info import NodeInfo, info, set_info
 from qgraph.ir.op import Op

@@ -17,7 +17,7 @@ from torch import fx
 
 from qgraph.artifact.known import KnownClasses, class_name
 from qgraph.artifact.tensors import TensorReader, TensorWriter
-from qgraph.capture.structure import dataclass_items, is_dataclass_value, rebuild_dataclass, rebuild_sequence
+from qgraph.capture.values.structure import dataclass_items, is_dataclass_value, rebuild_dataclass, rebuild_sequence
 from qgraph.errors import ArtifactError
 
 _DEEPEST = 40

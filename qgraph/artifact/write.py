@@ -21,7 +21,7 @@ from qgraph.artifact.modules import write_module, write_tensor
 from qgraph.artifact.records import RecordWriter
 from qgraph.artifact.tensors import TensorWriter
 from qgraph.artifact.values import placed
-from qgraph.capture.outputs import builder_parts, is_builder
+from qgraph.capture.boundary.outputs import builder_parts, is_builder
 from qgraph.errors import UserError
 from qgraph.ir.node_info import graph_info, info, submodule_at, tensor_at, where
 from qgraph.ir.stage import Stage

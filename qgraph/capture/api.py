@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qgraph.capture.batch import apply_merge
-from qgraph.capture.copying import copy_model, own_tensors, shared, state_keeper, with_own_memory
-from qgraph.capture.flags import raise_unless_waived
-from qgraph.capture.freeing import Batch, free_batch, input_node
-from qgraph.capture.guard import InputGuard
-from qgraph.capture.inplace import InPlaceRemover
-from qgraph.capture.inputs import copy_inputs, first_sample, varied
-from qgraph.capture.layout import copy_tensor
-from qgraph.capture.leaves import LeafChoice
-from qgraph.capture.recorder import Recorder
-from qgraph.capture.recording import Recording, StateWrite
-from qgraph.capture.replay import Outcome, Reference, kept_random_states, replay
-from qgraph.capture.request import METHODS, Request, check_request, fails_on_example
-from qgraph.capture.source import line_of_error
-from qgraph.capture.structure import Inputs
-from qgraph.capture.symbolic import record_symbolically
-from qgraph.capture.verify import reproducible
+from qgraph.capture.batch.freeing import Batch, free_batch, input_node
+from qgraph.capture.batch.merge import apply_merge
+from qgraph.capture.boundary.guard import InputGuard
+from qgraph.capture.model.copying import copy_model, own_tensors, shared, state_keeper, with_own_memory
+from qgraph.capture.model.source import line_of_error
+from qgraph.capture.options.flags import raise_unless_waived
+from qgraph.capture.options.leaves import LeafChoice
+from qgraph.capture.options.request import METHODS, Request, check_request, fails_on_example
+from qgraph.capture.recording.record import Recording, StateWrite
+from qgraph.capture.recording.recorder import Recorder
+from qgraph.capture.recording.symbolic import record_symbolically
+from qgraph.capture.values.layout import copy_tensor
+from qgraph.capture.values.structure import Inputs
+from qgraph.capture.values.variants import copy_inputs, first_sample, varied
+from qgraph.capture.verification.process import kept_random_states, reproducible
+from qgraph.capture.verification.replay import Outcome, Reference, replay
+from qgraph.capture.writes.inplace import InPlaceRemover
 from qgraph.errors import CaptureError, QGraphError
 from qgraph.ir.graph_module import CheckedGraphModule
 from qgraph.ir.node_info import ExampleInputs, GraphInfo, NodeInfo, set_info

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.capture.guard import InputGuard
-from qgraph.capture.inputs import with_batch
+from qgraph.capture.boundary.guard import InputGuard
+from qgraph.capture.values.variants import with_batch
 from qgraph.errors import UserError
 from qgraph.export.walk import Form, Walk
 from qgraph.export.writer import OnnxWriter, onnx_package, save_atomically

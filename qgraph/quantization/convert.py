@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from qgraph.capture.copying import own_tensors
+from qgraph.capture.model.copying import own_tensors
 from qgraph.errors import UserError
 from qgraph.ir.copying import copy_graph
 from qgraph.ir.node_info import ExampleInputs, graph_info, submodule_at, update_graph_info

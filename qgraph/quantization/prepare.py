@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from qgraph.capture.api import trace_shared
-from qgraph.capture.copying import own_tensors
+from qgraph.capture.model.copying import own_tensors
 from qgraph.errors import QuantizationError, UserError
 from qgraph.ir.node_info import KEY, GraphInfo, graph_info, info, tensor_at, update_graph_info, where
 from qgraph.ir.op_table import FAKE_QUANT, QUANT_STUB

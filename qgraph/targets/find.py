@@ -29,16 +29,27 @@ def get_target(target: Target | str | Path) -> Target:
     """
     if isinstance(target, Target):
         return target
-    if isinstance(target, Path) or (isinstance(target, str) and target.endswith(".toml")):
-        return load_target(Path(target))
+    path = target_path(target)
+    if path is not None:
+        return load_target(path)
     if not isinstance(target, str):
         raise TargetError(f"a {type(target).__name__} is no target", fix="give a name, a TOML file or a Target")
     if target in BUILT_IN:
         return _built_in(target)
     points = _entry_points()
     if target not in points:
-        raise TargetError(f"no target is named {target!r}", fix=did_you_mean(target, [*BUILT_IN, *points]))
+        raise TargetError(
+            f"no target is named {target!r}",
+            fix=f"{did_you_mean(target, [*BUILT_IN, *points])}; the path of a target's file ends in .toml",
+        )
     return _provided(points[target])
+
+
+def target_path(target: object) -> Path | None:
+    """The file that is meant where a target may be a name or a path; None for a name."""
+    if isinstance(target, Path) or (isinstance(target, str) and target.endswith(".toml")):
+        return Path(target)
+    return None
 
 
 def target_of(gm: fx.GraphModule) -> Target:

@@ -16,7 +16,7 @@ from qgraph.errors import TargetError
 from qgraph.ir.op import OpKind
 from qgraph.ir.op_table import OPS
 from qgraph.numerics import EngineSum, OneDnn, QType, RequantizeRule, Scheme, parse_format, qint32
-from qgraph.targets.find import load_target
+from qgraph.targets.find import get_target, load_target, target_path
 from qgraph.targets.target import LegalFormats, OpRule, Target
 
 _BORDER = "quant_stub"
@@ -56,11 +56,18 @@ def lint_target(target: Target | str | Path) -> list[Finding]:
     """What is contradictory, useless or missing in a target.
 
     Args:
-        target: a target, or the path of its file; a file that cannot be read or understood is one error.
+        target: a target, the name of one, or the path of a TOML file, as for `get_target`; a file that cannot be read
+            or understood is one error.
+
+    Raises:
+        TargetError: no target has the name, or it is neither a name, a path nor a target.
     """
     if not isinstance(target, Target):
+        path = target_path(target)
+        if path is None:
+            return lint_target(get_target(target))
         try:
-            target = load_target(Path(target))
+            target = load_target(path)
         except TargetError as error:
             what = error.what if error.why is None else f"{error.what}: {error.why}"
             return [Finding(Severity.ERROR, error.where or str(target), what, error.fix or "correct the file")]

@@ -16,8 +16,8 @@ from torch import fx, nn
 import qgraph
 from qgraph.artifact import load, save
 from qgraph.artifact.conformance import compare_values
-from qgraph.capture.guard import InputGuard
-from qgraph.capture.structure import leaves
+from qgraph.capture.boundary.guard import InputGuard
+from qgraph.capture.values.structure import leaves
 from qgraph.errors import UserError
 from qgraph.ir.node_info import KEY, graph_info, info, tensor_at, update_graph_info
 from qgraph.ir.text import print_graph

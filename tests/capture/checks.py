@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qgraph.capture.inputs import copy_inputs
-from qgraph.capture.verify import first_difference, reproducible
+from qgraph.capture.values.variants import copy_inputs
+from qgraph.capture.verification.compare import first_difference
+from qgraph.capture.verification.process import reproducible
 from qgraph.ir.node_info import info
 from qgraph.ir.op_table import GUARD
 

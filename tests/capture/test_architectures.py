@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qgraph.capture import trace
-from qgraph.capture.inputs import varied
-from qgraph.capture.verify import first_difference, reproducible
+from qgraph.capture.values.variants import varied
+from qgraph.capture.verification.compare import first_difference
+from qgraph.capture.verification.process import reproducible
 from qgraph.ir.node_info import graph_info, info
 from tests.capture.architectures import ARCHITECTURES, Architecture
 

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from qgraph.capture import trace
-from qgraph.capture.inputs import varied
-from qgraph.capture.structure import as_example, tensors_in
+from qgraph.capture.values.structure import as_example, tensors_in
+from qgraph.capture.values.variants import varied
 from qgraph.errors import CaptureError
 from qgraph.ir.node_info import graph_info
 from tests.capture.checks import assert_agrees, process_state, snapshot

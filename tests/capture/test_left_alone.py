@@ -279,7 +279,7 @@ print("alive")
 
 
 def test_a_capture_leaves_nothing_alive() -> None:
-    from qgraph.capture.recorder import Recorder
+    from qgraph.capture.recording.recorder import Recorder
 
     model = Casting().eval()
     trace(model, x())

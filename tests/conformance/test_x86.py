@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 TARGETS = list(engine_x86.ENGINES)
-ROUNDS = 6
+ROUNDS = 3  # one of three without ties
 
 Net = tuple[Callable[[], nn.Module], list[tuple[int, ...]]]
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from qgraph.errors import QuantizationError
 from qgraph.ir.node_info import graph_info, info
 from qgraph.lowering.accumulators import overflowing
-from qgraph.quantization import QConfig, calibrate, convert, prepare
+from qgraph.quantization import ModuleNameQconfigSetter, QConfig, calibrate, convert, prepare
 from qgraph.simulator import Simulator
 from tests.support.models import Forward
 
@@ -136,3 +136,67 @@ def test_what_does_not_fit_wraps_as_told() -> None:
     run = Simulator(integer, kernels="reference").run(x, record=True)
     codes = run.values[info(found.node).site]
     assert int(codes.max()) < 0, "a large positive sum became negative"
+
+
+class Deep(nn.Module):
+    """Two convolutions of many channels; the codes pass a pooling and a permutation between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 600, 1)
+        self.second = nn.Conv2d(600, 4, 1)
+        nn.init.constant_(self.second.weight, 0.5)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(F.max_pool2d(self.first(x), 2).transpose(2, 3))
+
+
+def prepared_with(model: nn.Module, x: torch.Tensor, **own: QConfig) -> fx.GraphModule:
+    setters = [ModuleNameQconfigSetter(own)] if own else []
+    everywhere = _Everywhere(QConfig(output="int16", weight="int8"))
+    prepared = prepare(model.eval(), x, [*setters, everywhere])
+    calibrate(prepared, [x], progress=False)
+    return prepared
+
+
+def test_the_refusal_says_what_to_do_and_it_helps() -> None:
+    model, x = Deep(), torch.randn(1, 3, 4, 4)
+    prepared = prepared_with(model, x)
+    (found,) = overflowing(convert(prepared))
+    assert (found.high, found.low) == (600 * 127 * 32767, -600 * 127 * 32768)
+    assert (found.bits, found.narrowed) == (33, ("first",))
+    (note,) = notes(convert(prepared))
+    for word in ("second (conv2d)", str(found.bound), "33 bits", "int32:wrap", "int8 codes for first would fit"):
+        assert word in note
+    with pytest.raises(QuantizationError) as caught:
+        convert(prepared, strict=True)
+    message = str(caught.value)
+    for word in ("node second", "(conv2d)", "33 bits", 'ModuleNameQconfigSetter({"first": QConfig(output="int8")})'):
+        assert word in message
+    assert not notes(convert(prepared_with(model, x, first=QConfig(output="int8")), strict=True))
+
+
+def test_no_codes_of_eight_bits_are_promised_where_they_do_not_help() -> None:
+    step = 0.5 / 127 / 32767
+    prepared = calibrated(with_bias(step * (2.0**31 - 3000)), torch.ones(1, 4), result="int16")
+    with pytest.raises(QuantizationError) as caught:
+        convert(prepared, strict=True)
+    assert "would fit: a smaller bias" in str(caught.value)
+    assert "ModuleNameQconfigSetter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_bias_counts_with_its_sign(sign: int) -> None:
+    """Sums are positive only; a bias below them makes them smaller, one above them larger."""
+    model = nn.Sequential(nn.ReLU(), nn.Linear(500, 1))
+    nn.init.constant_(model[1].weight, 0.5)
+    x = torch.rand(1, 500)
+    x[0, 0] = 1.0
+    nn.init.constant_(model[1].bias, sign * 20.0)
+    integer = convert(calibrated(model, x, result="int16"))
+    (linear,) = [node for node in integer.graph.nodes if "linear" in str(node.target)]
+    weight, bias = (integer.get_buffer(str(node.target)).long() for node in linear.args[1:3])
+    top = 32767 * int(weight.sum()) + int(bias)
+    assert [entry.high for entry in overflowing(integer)] == ([top] if top > 2**31 - 1 else [])
+    assert (top > 2**31 - 1) == (sign > 0)

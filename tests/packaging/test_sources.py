@@ -40,6 +40,9 @@ LAYERS["cli"] = _TOP | {"analysis", "viz", "demo", "artifact"}
 LAYERS["__main__"] = {"cli"}
 LAYERS["__init__"] = _TOP | {"analysis", "viz", "artifact", "export"}
 
+# Groups of capture, each standing on those before it.
+CAPTURE = ("values", "model", "options", "sizes", "boundary", "recording", "verification", "batch", "writes", "api")
+
 by_file = pytest.mark.parametrize("path", FILES, ids=name_of)
 
 
@@ -59,6 +62,19 @@ def test_imports_point_one_way(path: Path) -> None:
         names = module.split(".")
         if names[0] == "qgraph" and len(names) > 1 and names[1] in LAYERS:
             assert names[1] in allowed, f"{name_of(path)}:{line}: {part} must not import qgraph.{names[1]}"
+
+
+def test_groups_of_capture_import_one_way() -> None:
+    folder = ROOT / "qgraph/capture"
+    assert {path.stem for path in folder.iterdir()} - {"__init__", "__pycache__"} == set(CAPTURE)
+    for path in folder.rglob("*.py"):
+        group = path.relative_to(folder).parts[0].removesuffix(".py")
+        if group == "__init__":
+            continue
+        for module, line in imports(path, typing_only=True):
+            if module.startswith("qgraph.capture."):
+                other = module.split(".")[2]
+                assert CAPTURE.index(other) <= CAPTURE.index(group), f"{name_of(path)}:{line}: {group} imports {other}"
 
 
 @by_file

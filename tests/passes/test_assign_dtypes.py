@@ -213,9 +213,10 @@ def test_a_result_takes_format_and_scale_of_its_operand(output: Any) -> None:
 
 def test_another_format_than_the_operands_is_refused_where_the_device_keeps_it() -> None:
     setter = ModuleNameQconfigSetter({"pool": QConfig(output=qint16)})
-    with pytest.raises(QuantizationError, match="avg_pool2d from int8 to int16 is illegal on deciding") as raised:
+    with pytest.raises(QuantizationError, match="int8 -> int16 is illegal for avg_pool2d on deciding") as raised:
         pooled(setter, same_scale=True)
     assert "decided by: module name" in str(raised.value)
+    assert "nearest legal: int8 -> int8;" in str(raised.value)
 
 
 def test_the_device_fixes_a_scale() -> None:

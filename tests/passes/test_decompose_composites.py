@@ -155,6 +155,7 @@ REFUSED = {
     "it computes in torch.float64": lambda m, x: x.softmax(-1, dtype=torch.float64),
     "it does not compute in float32": lambda m, x: x.double().softmax(-1),
     "it rounds its quotient": lambda m, x: torch.div(x, m.w + x.abs(), rounding_mode="trunc"),
+    "it divides by batch_size, a number that follows from the batch size": lambda m, x: x / x.size(0),
     "its dimension to torch's deprecated default": lambda m, x: m.implicit(x),
 }
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from qgraph.capture import trace
 from qgraph.ir.node_info import graph_info, info, tensor_at
-from qgraph.ir.op_table import CONSTANT
+from qgraph.ir.op_table import CONSTANT, DIV, FIELD, SCALAR, SIZE
 from qgraph.pipeline import CheckLevel, Pipeline
-from tests.passes.models import before_and_after, capture_and_run, check_all, check_values, computing
+from tests.passes.models import anonymous, before_and_after, capture_and_run, check_all, check_values, computing
 from tests.support.models import Forward
 from tests.support.passes import assert_idempotent, nodes_of, reasons, refusal_with, run_passes
 
@@ -391,3 +392,61 @@ def test_golden(golden: Callable[[str], None]) -> None:
     golden(before_and_after(model, example, result))
     check_values(model, result.gm, example)
     assert_idempotent(result.gm, PASS)
+
+
+# --- sizes in graphs captured symbolically ---------------------------------------------------------------------------
+
+
+SIZES: dict[str, Callable[..., Any]] = {
+    "root": lambda m, x: m.layer(x) / x.shape[-1] ** 0.5,
+    "math": lambda m, x: m.layer(x) * (1 / x.size(1)),
+    "of a result": lambda m, x: m.layer(x).unflatten(1, (2, 3)).sum(1) / m.layer(x).size(1),
+    "in a shape": lambda m, x: m.layer(x).view(-1, x.size(1) // 2, 2),
+    "in a table": lambda m, x: x * torch.arange(x.size(1)),
+    "of a parameter": lambda m, x: x / m.w.shape[0],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_become_numbers(name: str) -> None:
+    model, example = build(SIZES[name]), torch.randn(ROWS)
+    passes = f"{PASS},canonicalize,eliminate-dead-code"
+    texts = []
+    for method in ("jit", "symbolic"):
+        result = Pipeline.parse(passes).run(trace(model, example, method))
+        assert not [node for node in result.gm.graph.nodes if info(node).op in (SIZE, SCALAR, FIELD)]
+        check_all(model, result, example, passes)
+        texts.append(anonymous(result.gm).replace("method symbolic", "method jit"))
+    assert texts[0].splitlines()[1:] == texts[1].splitlines()[1:]
+
+
+OPEN: dict[str, Callable[..., Any]] = {
+    "batch": lambda m, x: m.layer(x) / x.size(0),
+    "product": lambda m, x: m.layer(x) / x.numel(),
+    "slice": lambda m, x: m.layer(x) / x[:3].size(0),
+    "stride": lambda m, x: m.layer(x) / x[::8].size(0),
+    "remainder of a root": lambda m, x: m.layer(x) / (math.floor(x.size(0) ** 0.5 * 4) % 2 + 1),
+    "remainder": lambda m, x: m.layer(x) / (x.size(0) % 2 + 1),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_sizes_that_the_batch_decides_stay(name: str, rows: int) -> None:
+    model, example = build(OPEN[name]), torch.randn(rows, 6)
+    result = Pipeline.parse(f"{PASS},canonicalize").run(trace(model, example, "symbolic"))
+    (division,) = nodes_of(result.gm, DIV)
+    assert isinstance(division.args[1], fx.Node)
+    check_values(model, result.gm, example, batches=(1, 2, 3, 5, 8, 9))
+
+
+def test_sizes_are_not_known_where_values_decide_one() -> None:
+    """The run without values stops there; the size stays computed, and the graph right."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> Any:
+        return x / x.size(1), x[x > 0].sum()
+
+    model, example = build(forward), torch.randn(ROWS)
+    result = Pipeline.parse(PASS).run(trace(model, example, "symbolic", waive="data-shaped"))
+    assert [node for node in result.gm.graph.nodes if info(node).op is SIZE]
+    check_values(model, result.gm, example)

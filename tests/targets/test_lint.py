@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from passes.decompose_composites import _RULES
+from qgraph.errors import TargetError
 from qgraph.targets import Severity, get_target, lint_target, parse_target
 from qgraph.targets.find import BUILT_IN
 from qgraph.targets.lint import COMPOSITE_STEPS, LINT_RULES
@@ -98,6 +99,25 @@ def test_files_that_cannot_be_understood_are_one_error(tmp_path: Path) -> None:
     assert "did you mean 'fusion'" in finding.fix
     (missing,) = lint_target(tmp_path / "none.toml")
     assert "cannot be read" in missing.what
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_names_mean_what_they_mean_to_get_target(name: str) -> None:
+    assert lint_target(name) == lint_target(get_target(name))
+
+
+def test_paths_may_be_text(tmp_path: Path) -> None:
+    path = tmp_path / "clean.toml"
+    path.write_text(CLEAN, encoding="utf-8")
+    assert lint_target(str(path)) == lint_target(path) == []
+
+
+def test_neither_name_nor_path_nor_target() -> None:
+    with pytest.raises(TargetError) as raised:
+        lint_target("bpx")
+    assert all(word in str(raised.value) for word in ("no target is named 'bpx'", "did you mean 'bpu'", ".toml"))
+    with pytest.raises(TargetError, match="a int is no target"):
+        lint_target(3)
 
 
 def test_the_steps_of_composites_are_those_of_the_pass() -> None:

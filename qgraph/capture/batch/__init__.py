@@ -1,0 +1,1 @@
+"""Freeing the batch size: a second recording, merged with the first."""

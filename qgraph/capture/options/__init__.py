@@ -1,0 +1,1 @@
+"""What a caller of `trace` asks for: leaves, waivers, and the checked request."""

@@ -1,0 +1,1 @@
+"""Running the forward and writing down what it does; symbolic tracing."""

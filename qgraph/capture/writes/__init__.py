@@ -1,0 +1,1 @@
+"""Writes in place made pure."""
