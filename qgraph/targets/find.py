@@ -32,12 +32,18 @@ def get_target(target: Target | str | Path) -> Target:
     if isinstance(target, Path) or (isinstance(target, str) and target.endswith(".toml")):
         return load_target(Path(target))
     if not isinstance(target, str):
-        raise TargetError(f"a {type(target).__name__} is no target", fix="give a name, a TOML file or a Target")
+        raise TargetError(
+            f"a target cannot be of type {type(target).__name__}", fix="give a name, a TOML file or a Target"
+        )
     if target in BUILT_IN:
         return _built_in(target)
     points = _entry_points()
     if target not in points:
-        raise TargetError(f"no target is named {target!r}", fix=did_you_mean(target, [*BUILT_IN, *points]))
+        raise TargetError(
+            f"no target is named {target!r}",
+            why="the path of a file ends in .toml" if Path(target).suffix or Path(target).name != target else None,
+            fix=did_you_mean(target, [*BUILT_IN, *points]),
+        )
     return _provided(points[target])
 
 
