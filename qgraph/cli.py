@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -39,8 +40,20 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="module", help="Import a module first, such as one that defines operators."),
+    ] = None,
 ) -> None:
-    pass
+    for name in modules or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"the module {name!r} cannot be imported",
+                why=f"{type(error).__name__}: {error}",
+                fix="give a dotted module name; it is looked up in what is installed and in PYTHONPATH",
+            ) from error
 
 
 @app.command()

@@ -76,6 +76,8 @@ def _of_the_device(run: SiteRun, differs: torch.Tensor, exact: torch.Tensor) -> 
         return {Cause.TABLE: total}
     if info(run.node).op.kind is OpKind.SAMPLE:
         return {Cause.TABLE: total}  # interpolation weights are a table of their own
+    if _rounds_operands(run.integer):
+        return {Cause.DOUBLE_ROUNDING: total}
     if not isinstance(word, str):
         return {Cause.FACTOR: total}
     arithmetic = parse_arithmetic(word)
@@ -97,6 +99,14 @@ def _rounds_twice(rule: Rule) -> bool:
     if isinstance(rule, RequantizeRule):
         return rule.form is ScaleForm.FIXED_POINT_TWO
     return str(rule) in ("gemmlowp", "tflite_add", "onednn")
+
+
+def _rounds_operands(integer: fx.Node) -> bool:
+    """Whether the lowering rounds operands before it computes: they are sites below the operator's own."""
+    site = info(integer).site
+    return any(
+        info(source).site.startswith(f"{site}.") for source in integer.all_input_nodes if source.op == "call_function"
+    )
 
 
 def _half_even(rule: Rule) -> bool:

@@ -15,7 +15,7 @@ from qgraph.analysis.causes import FLOAT64_AGREES, Cause, causes
 from qgraph.analysis.consistency import SiteRun, visit_sites
 from qgraph.errors import UserError
 from qgraph.ir.node_info import info
-from qgraph.quantization.calibrate import batch_inputs
+from qgraph.quantization.calibrate import batch_inputs, require_batches
 from qgraph.quantization.sites import require_prepared
 
 
@@ -123,6 +123,7 @@ def check_consistency(
         UserError: there is no data, or the graphs do not belong together.
     """
     gm = require_prepared(prepared, "check_consistency")
+    require_batches(data, "the data", "check_consistency(prepared, integer, [batch])")
     names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     found: dict[str, SiteReport] = {}
 

@@ -41,7 +41,18 @@ def write_container(path: str | os.PathLike[str], kind: str, made_by: str, membe
     head = {"format": FORMAT, "version": VERSION, "kind": kind, "made_by": made_by}
     contents = {FORMAT_MEMBER: f"{json.dumps(head)}\n".encode(), **members}
     contents[CHECKSUMS_MEMBER] = _checksums(contents)
-    _write_at_once(Path(path), _zipped(contents))
+    _write_at_once(_path(path), _zipped(contents))
+
+
+def _path(path: object) -> Path:
+    """`path` as a path.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"the path is a {type(path).__name__}", fix="give the file's name")
+    return Path(path)
 
 
 def read_container(path: str | os.PathLike[str], max_bytes: int) -> tuple[str, dict[str, bytes]]:
@@ -51,7 +62,7 @@ def read_container(path: str | os.PathLike[str], max_bytes: int) -> tuple[str, d
         ArtifactError: it is no such file, it is damaged, or a newer version.
         UserError: it cannot be read.
     """
-    members = _members(_read(Path(path), max_bytes), str(path))
+    members = _members(_read(_path(path), max_bytes), str(path))
     try:
         return _kind(members), members
     except ArtifactError as error:

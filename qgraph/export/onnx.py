@@ -25,6 +25,7 @@ from qgraph.ir.op_table import GUARD
 from qgraph.ir.stage import Stage
 from qgraph.ir.values import TensorSpec, ValueSpec, spec_of
 from qgraph.quantization import freeze
+from qgraph.quantization.sites import require_prepared
 from qgraph.targets import target_of
 
 ONNXRUNTIME_OPTIONS = {"session.qdqisint8allowed": "1", "session.disable_double_qdq_remover": "1"}
@@ -64,7 +65,7 @@ def export_onnx(
     """
     file = _checked(path, opset, form)
     onnx_package()
-    gm = prepared if _is_frozen(prepared) else freeze(prepared)
+    gm = prepared if _is_frozen(prepared) else freeze(require_prepared(prepared, "export_onnx"))
     writer = OnnxWriter(opset)
     walk = Walk(gm, writer, form, _sizes(gm, dynamic_batch))
     walk.run()

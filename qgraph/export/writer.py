@@ -170,4 +170,8 @@ def save_atomically(data: bytes, path: Path) -> None:
     except OSError as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
-        raise UserError(f"{path} cannot be written", why=f"{type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{path} cannot be written",
+            why=f"{type(error).__name__}: {error}",
+            fix="give the path of a file in an existing folder that you may write to",
+        ) from error

@@ -172,6 +172,33 @@ class Op:
         return self.signature.parameters[name].default
 
 
+def _check_fields(op: Op) -> None:
+    """Refuses an entry whose fields contradict each other or have the wrong type."""
+    if not isinstance(op.signature, inspect.Signature):
+        raise UserError(
+            f"the signature of the operator {op.name!r} is {op.signature!r}",
+            fix="give inspect.signature(lambda input: None), with the operator's parameters",
+        )
+    for field_name in ("functions", "methods", "in_place", "modules"):
+        if not isinstance(getattr(op, field_name), Mapping):
+            raise UserError(
+                f"{field_name} of the operator {op.name!r} is a {type(getattr(op, field_name)).__name__}",
+                fix="give a dictionary, such as modules={nn.Mish: {}} or functions={torch.sinc: Spelling()}",
+            )
+    if op.lowering is None or op.kind is OpKind.STUB:  # what leaves the integers is lowered to real numbers
+        return
+    if op.quant is QuantRule.FLOAT:
+        raise UserError(
+            f"the operator {op.name!r} has a lowering, and quant says that it has no integer form",
+            fix="say where its result gets its scale from, such as quant=QuantRule.OWN",
+        )
+    if not op.operands:
+        raise UserError(
+            f"the operator {op.name!r} has a lowering and no operands",
+            fix='name the parameters that are values of the graph, such as operands=("input",)',
+        )
+
+
 class OpTable:
     """All known operators, found by name or by any spelling."""
 
@@ -185,8 +212,10 @@ class OpTable:
         """Adds an operator.
 
         Raises:
-            UserError: its name or one of its spellings is taken, or an operand is no parameter of its signature.
+            UserError: its name or one of its spellings is taken, a field has the wrong type, an operand is no parameter
+                of its signature, or it has a lowering and no operand or no rule for its scale.
         """
+        _check_fields(op)
         for operand in op.operands:
             if operand not in op.signature.parameters:
                 raise UserError(

@@ -285,13 +285,18 @@ def lowering_of(node: fx.Node) -> Lowering | None:
     """The lowering of a node's operator; None if it has none.
 
     Raises:
-        InternalError: the op table names one that is not registered.
+        UserError: the op table names one that is not registered.
     """
     name = info(node).op.lowering
     if name is None:
         return None
     if name not in LOWERINGS:
-        raise InternalError(f"no lowering is named {name!r}", where=where(node), fix=did_you_mean(name, LOWERINGS))
+        raise UserError(
+            f"no lowering is named {name!r}",
+            where=where(node),
+            why=f"the entry of {info(node).op} in the op table names it",
+            fix=f"{did_you_mean(name, LOWERINGS)} A lowering of your own is added by register_lowering.",
+        )
     return LOWERINGS[name]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qgraph.errors import InternalError, QuantizationError
+from qgraph.errors import InternalError, QGraphError, QuantizationError, UserError
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import info, where
 from qgraph.lowering.base import Lowering, LoweringContext, bounds, is_number, register_lowering
@@ -158,7 +158,30 @@ def _scalar_function(node: fx.Node, target: Target) -> ScalarFunction:
     function = target.functions.own.get(op.name, op.scalar_function)
     if function is None:
         raise InternalError("a table has no function", where=where(node))
-    return lambda values: function(values, **options)
+
+    def checked(values: torch.Tensor) -> torch.Tensor:
+        try:
+            result: object = function(values, **options)
+        except QGraphError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the function of {op} fails",
+                where=where(node),
+                why=f"{type(error).__name__}: {error}",
+                fix="it must take a tensor and return its values element by element",
+            ) from error
+        if not isinstance(result, torch.Tensor) or result.shape != values.shape:
+            got = f"shape {list(result.shape)}" if isinstance(result, torch.Tensor) else f"a {type(result).__name__}"
+            raise UserError(
+                f"the function of {op} is not elementwise",
+                where=where(node),
+                why=f"it returned {got} for a tensor of shape {list(values.shape)}",
+                fix="it must take a tensor and return its values element by element",
+            )
+        return result
+
+    return checked
 
 
 register_lowering("table", TableLowering())

@@ -23,7 +23,7 @@ from qgraph.ir.node_info import ExampleInputs, GraphInfo, graph_info, info, upda
 from qgraph.ir.stage import Stage
 from qgraph.ir.verifier import structural_hash, verify
 from qgraph.memory import paused_collection
-from qgraph.pipeline.base import Pass, PassContext, PassReport, PassResult
+from qgraph.pipeline.base import Numerics, Pass, PassContext, PassReport, PassResult
 from qgraph.pipeline.checks import (
     Difference,
     check_numerics,
@@ -96,7 +96,7 @@ class Pipeline(Pass):
         repeat: run the list until it changes nothing, at most this often.
 
     Raises:
-        UserError: a member is no pass, or `repeat` is below 1.
+        UserError: a member is no pass or declares itself wrongly, or `repeat` is below 1.
     """
 
     name: ClassVar[str] = "pipeline"
@@ -113,6 +113,7 @@ class Pipeline(Pass):
                     f"a pipeline holds passes, not {member!r}",
                     fix="give instances such as Canonicalize(), or use Pipeline.parse(text)",
                 )
+            _check_declarations(member)
         if self.repeat < 1:
             raise UserError(f"a pipeline cannot repeat {self.repeat} times")
 
@@ -125,6 +126,11 @@ class Pipeline(Pass):
         Raises:
             UserError: malformed text, unknown pass or option.
         """
+        if not isinstance(text, str):
+            raise UserError(
+                f"a pipeline's text cannot be a {type(text).__name__}",
+                fix='give a text such as "canonicalize,fuse-conv-bn-add-relu", or Pipeline([pass, ...])',
+            )
         return cls._from_group(parse_passes(text))
 
     @classmethod
@@ -227,7 +233,7 @@ class Pipeline(Pass):
                 wanted = " or ".join(map(str, member.stages))
                 problems.append(f"{position}. {member.name} works on a {wanted} graph, but gets a {stage} one")
             for missing in sorted(member.requires - properties):
-                hint = f" (established by {later[missing]})" if missing in later else ""
+                hint = f" (established by {later[missing]})" if missing in later else " (no pass here establishes it)"
                 problems.append(f"{position}. {member.name} needs '{missing}' first{hint}")
             properties = (properties - member.breaks) | member.ensures
             stage = member.result_stage or stage
@@ -254,6 +260,7 @@ class Pipeline(Pass):
 
         Raises:
             UserError: there are no example inputs to compare on.
+            PassError: the graph cannot run any more after a pass; the message names it.
         """
         self.validate(graph_info(gm))
         context = ctx or PassContext()
@@ -267,7 +274,12 @@ class Pipeline(Pass):
             before = copy_graph(current)
             current = runner.run_one(member, current).gm
             numerics = member.keeps if rtol is None else replace(member.keeps, rtol=rtol)
-            outputs = run_example(current, context.example)
+            try:
+                outputs = run_example(current, context.example)
+            except QGraphError:
+                raise
+            except Exception as error:
+                raise _unable(member, error) from error
             found = None
             if rtol is not None and not numerics.redefines:
                 found = outputs_differ(reference, outputs, numerics)
@@ -295,6 +307,32 @@ def _locate(
     node, difference = first
     record = info(node)
     return BisectResult(member.name, position, found, node.name, record.site, str(record.source), difference)
+
+
+def _check_declarations(member: Pass) -> None:
+    """Refuses a pass whose class forgot its name, or declares words that are no sets."""
+    kind = type(member).__name__
+    if not isinstance(getattr(member, "name", None), str):
+        raise UserError(f"the pass {kind} has no name", fix='set it in the class: name: ClassVar[str] = "my-pass"')
+    for declared in ("requires", "ensures", "breaks"):
+        words = getattr(member, declared)
+        if not isinstance(words, (set, frozenset)):
+            raise UserError(
+                f"{declared} of the pass {member.name} is {words!r}", fix='give a set: frozenset({"canonical"})'
+            )
+    if not isinstance(member.keeps, Numerics):
+        raise UserError(
+            f"keeps of the pass {member.name} is {member.keeps!r}", fix="give EXACT, close(rtol) or REDEFINES"
+        )
+
+
+def _unable(member: Pass, error: Exception) -> PassError:
+    """The error of a pass whose result cannot run."""
+    return PassError(
+        f"the graph cannot run any more after the pass {member.name}",
+        why=f"{type(error).__name__}: {error}",
+        fix="look at the pass's rewrites: an operand, an option or a shape is wrong",
+    )
 
 
 class _Runner:
@@ -401,7 +439,15 @@ class _Runner:
 
     def _compare(self, member: Pass, gm: fx.GraphModule) -> None:
         assert self.ctx.example is not None
-        outputs = self._outputs(gm, self.ctx.example)
+        try:
+            outputs = self._outputs(gm, self.ctx.example)
+        except QGraphError as error:
+            error.attach(self._progress(member))
+            raise
+        except Exception as error:
+            wrapped = _unable(member, error)
+            wrapped.attach(self._progress(member))
+            raise wrapped from error
         if self.reference is not _UNKNOWN and not member.keeps.redefines:
             try:
                 check_numerics(member, gm, self.ctx.example, self.reference, outputs)

@@ -61,12 +61,21 @@ def calibrate(
 def _check_arguments(loader: Any, num_steps: Any) -> None:
     if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
         raise UserError(f"calibration cannot take {num_steps!r} steps", fix="give a whole number >= 1, or None for all")
-    if isinstance(loader, (torch.Tensor, Mapping, str)) or not _is_iterable(loader):
-        single = isinstance(loader, (torch.Tensor, Mapping))
+    require_batches(loader, "the calibration loader", "calibrate(model, [batch])")
+
+
+def require_batches(data: Any, what: str, example: str) -> None:
+    """Refuses data that yields no batches; a single batch is the usual mistake.
+
+    Raises:
+        UserError: it is a tensor, a mapping, a text, or nothing that can be iterated.
+    """
+    if isinstance(data, (torch.Tensor, Mapping, str)) or not _is_iterable(data):
+        single = isinstance(data, (torch.Tensor, Mapping))
         raise UserError(
-            f"the calibration loader is a {type(loader).__name__}",
+            f"{what} is a {type(data).__name__}",
             why="it must yield batches",
-            fix="put a single batch into a list: calibrate(model, [batch])" if single else "give a list or DataLoader",
+            fix=f"put a single batch into a list: {example}" if single else "give a list or DataLoader",
         )
 
 

@@ -16,7 +16,7 @@ from qgraph.errors import PassError
 from qgraph.ir.editor import EditListener, Editor
 from qgraph.ir.node_info import Refusal, info, where
 from qgraph.ir.op import Op
-from qgraph.rewrite.pattern import Match, matches
+from qgraph.rewrite.pattern import Call, Match, matches
 from qgraph.rewrite.rule import Rule, Verdict, no
 
 _LIMIT_PER_NODE = 20
@@ -106,6 +106,11 @@ def _refusal(rule: Rule, match: Match, verdict: Verdict) -> Refusal:
 def _rules_by_op(rules: Sequence[Rule]) -> dict[Op, list[Rule]]:
     table: dict[Op, list[Rule]] = {}
     for rule in rules:
+        if not isinstance(getattr(rule, "root", None), Call) or not isinstance(getattr(rule, "name", None), str):
+            raise PassError(
+                f"the rule {type(rule).__name__} has no name or no root",
+                fix='set both in its class: name = "my-rule"; root = call(MUL, any_value(), constant())',
+            )
         for op in rule.root.ops:
             table.setdefault(op, []).append(rule)
     return table

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from qgraph.errors import InternalError
+from qgraph.errors import InternalError, PassError, UserError
 from qgraph.ir.arguments import Bound, bind
 from qgraph.ir.node_info import info
 from qgraph.ir.op import Op
@@ -84,8 +84,29 @@ def optional(inner: Pattern) -> OptionalValue:
 
 
 def call(ops: Op | tuple[Op, ...], *operands: Pattern) -> Call:
-    """A pattern for a call of one of `ops`."""
-    return Call((ops,) if isinstance(ops, Op) else ops, operands)
+    """A pattern for a call of one of `ops`; options are for the rule's check to look at.
+
+    Raises:
+        UserError: `ops` are no operators, or there are more operands than any of them has.
+    """
+    known = (ops,) if isinstance(ops, Op) else ops
+    if not isinstance(known, tuple) or not known or not all(isinstance(op, Op) for op in known):
+        raise UserError(
+            f"a pattern cannot call {ops!r}", fix="give operators of qgraph.ir.op_table, such as RESHAPE, or a tuple"
+        )
+    wrong = next((operand for operand in operands if not isinstance(operand, Pattern)), None)
+    if wrong is not None:
+        raise UserError(
+            f"the operand {wrong!r} of a pattern is no pattern",
+            fix="give any_value(), constant(), optional(...) or call(...), and look at values in the rule's check",
+        )
+    most = max(len(op.operands) for op in known)
+    if len(operands) > most:
+        raise UserError(
+            f"a call of {' or '.join(map(str, known))} has {most} operand(s), and the pattern has {len(operands)}",
+            fix="look at options in the rule's check: match.bound(pattern).option(name)",
+        )
+    return Call(known, operands)
 
 
 @dataclass(frozen=True)
@@ -105,7 +126,10 @@ class Match:
     def value(self, pattern: Pattern) -> Any:
         """What any pattern matched: a node, a number or None."""
         if pattern not in self.bindings:
-            raise InternalError("this pattern is not part of the match")
+            raise PassError(
+                f"{pattern!r} is not part of the match",
+                fix="ask with the pattern objects that root is made of: match.value(self.x)",
+            )
         return self.bindings[pattern]
 
     def bound(self, pattern: Call) -> Bound:

@@ -71,7 +71,8 @@ def register_operator(
         kernels: the kernel set it joins.
 
     Raises:
-        UserError: an operator of that name exists, or the kernel takes no `trace`.
+        UserError: an operator of that name exists, the schema is malformed, the kernel takes no `trace`, or a function
+            does not take the schema's arguments.
     """
     if any(operator == name for table in KERNEL_SETS.values() for operator, _ in table):
         raise UserError(f"an integer operator named {name!r} exists already", fix="choose another name")
@@ -79,8 +80,37 @@ def register_operator(
         raise UserError(
             f"the kernel of {name!r} takes no trace", fix="add the parameter trace: KernelTrace | None = None"
         )
+    _check_takes(schema, name, "kernel", kernel)
+    _check_takes(schema, name, "fake kernel", fake)
     define_operator(name, schema, kernel, fake)
     register_kernel(kernels, name, ANY_TARGET, kernel)
+
+
+def _check_takes(schema: str, name: str, kind: str, function: Callable[..., object]) -> None:
+    """Refuses a function that cannot be called with all arguments of a schema."""
+    try:
+        arguments = torch._C.parse_schema(name + schema).arguments
+    except RuntimeError as error:
+        raise UserError(
+            f"the schema of {name!r} is malformed",
+            why=str(error).strip().splitlines()[0],
+            fix='write it like "(Tensor x, Tensor y, *, str format) -> Tensor"',
+        ) from error
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # functions of C have none
+        return
+    try:
+        signature.bind(
+            *[None for argument in arguments if not argument.kwarg_only],
+            **{argument.name: None for argument in arguments if argument.kwarg_only},
+        )
+    except TypeError as error:
+        raise UserError(
+            f"the {kind} of {name!r} does not take the arguments of its schema",
+            why=str(error),
+            fix=f"give it the parameters of {schema.split('->')[0].strip()}",
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def get_target(target: Target | str | Path) -> Target:
     if path is not None:
         return load_target(path)
     if not isinstance(target, str):
-        raise TargetError(f"a {type(target).__name__} is no target", fix="give a name, a TOML file or a Target")
+        raise TargetError(
+            f"a target cannot be of type {type(target).__name__}", fix="give a name, a TOML file or a Target"
+        )
     if target in BUILT_IN:
         return _built_in(target)
     points = _entry_points()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from qgraph.errors import TargetError
+from qgraph.errors import QGraphError, TargetError, did_you_mean
 from qgraph.ir.op import OpKind
 from qgraph.ir.op_table import OPS
 from qgraph.numerics import EngineSum, OneDnn, QType, RequantizeRule, Scheme, parse_format, qint32
@@ -20,6 +20,7 @@ from qgraph.targets.find import get_target, load_target, target_path
 from qgraph.targets.target import LegalFormats, OpRule, Target
 
 _BORDER = "quant_stub"
+_STEPS = ("product", "sum", "rescale", "sample", "many_groups")
 
 
 class Severity(str, Enum):
@@ -229,6 +230,15 @@ def _words_fit_steps(target: Target) -> Iterator[Finding]:
         yield _error("[fusion]", f"residual is true, and {target.step('sum')} adds two codes only", "residual = false")
 
 
+def _steps_are_known(target: Target) -> Iterator[Finding]:
+    """A lowering of another package may ask for a step of its own, so a word for it is no error."""
+    for name in target.arithmetic:
+        parts = [part for part in name.split(".") if part not in target.ops and not _is_format(part)]
+        for step in parts:
+            if step not in _STEPS:
+                yield _warning("[arithmetic]", f"{name}: qgraph has no step {step!r}", did_you_mean(step, _STEPS))
+
+
 def _accumulators_hold_products(target: Target) -> Iterator[Finding]:
     """One product of two codes must fit the accumulator, or nothing can be computed."""
     for op, rule in target.ops.items():
@@ -264,6 +274,14 @@ def _bits(format: object) -> int:
     return format.bits if isinstance(format, QType) else 0
 
 
+def _is_format(name: str) -> bool:
+    try:
+        parse_format(name)
+    except QGraphError:
+        return False
+    return True
+
+
 def _is_unsigned(name: str) -> bool:
     parsed = parse_format(name)
     return isinstance(parsed, QType) and not parsed.signed
@@ -295,5 +313,6 @@ LINT_RULES: tuple[Callable[[Target], Iterator[Finding]], ...] = (
     _units_are_used,
     _memories_are_ordered,
     _words_fit_steps,
+    _steps_are_known,
     _accumulators_hold_products,
 )

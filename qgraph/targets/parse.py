@@ -49,7 +49,7 @@ def parse_target(text: str, *, origin: str, folder: Path | None = None) -> Targe
 
 def _target(data: Mapping[str, Any], origin: str) -> Target:
     table = _Table(data, origin)
-    table.allow(KEYS)
+    table.allow({*KEYS, "base", "remove"})
     units = _units(table.table("units"))
     activations, weights = table.table("activations"), table.table("weights")
     tables, arithmetic = table.table("tables"), table.table("arithmetic")
@@ -140,7 +140,7 @@ class _Table:
         return list(values)
 
     def table(self, key: str) -> _Table:
-        return _Table(self._get(key, dict, "a table"), f"{self.origin}, [{key}]")
+        return _Table(self._get(key, dict, f"a table [{key}]"), f"{self.origin}, [{key}]")
 
     def tables(self, key: str) -> list[_Table]:
         entries = self._get(key, list, f"tables, each headed [[{key}]]")
@@ -172,6 +172,12 @@ def _schemes(table: _Table, but: Collection[str]) -> dict[str, Scheme]:
     for name in table.data:
         if name in but:
             continue
+        if not _FORMAT.fullmatch(name):
+            raise TargetError(
+                f"unknown number format {name!r}",
+                where=table.origin,
+                fix=did_you_mean(name, {*but, "int8", "uint8", "int16"}),
+            )
         table.understood(lambda name=name: parse_qtype(name))  # type: ignore[misc]
         word, schemes = table.text(name), {str(scheme): scheme for scheme in Scheme}
         if word not in schemes:

@@ -123,3 +123,11 @@ def test_wrong_use() -> None:
     set_fake_quantize(prepared, FakeQuantState.QAT, ["conv2"])
     with pytest.raises(StateError, match="conv2 is in state"):
         check_consistency(prepared, integer, [image()])
+
+
+def test_data_that_yields_no_batches_is_refused() -> None:
+    x = torch.randn(2, 4)
+    prepared, integer = road(nn.Sequential(nn.Linear(4, 3)), x)
+    for data in (x, None):
+        with pytest.raises(UserError, match="it must yield batches"):
+            check_consistency(prepared, integer, data)  # type: ignore[arg-type]

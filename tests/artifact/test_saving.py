@@ -399,3 +399,10 @@ def test_a_broken_graph_is_not_saved(graph: fx.GraphModule, tmp_path: Path) -> N
     node.meta[KEY] = dataclasses.replace(info(node), site="stem")
     with pytest.raises(qgraph.VerifyError, match="breaks 1 rule"):
         save(copied, tmp_path / "a")
+
+
+def test_paths_are_texts_or_paths(graph: fx.GraphModule) -> None:
+    with pytest.raises(UserError, match="the path is a NoneType"):
+        save(graph, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the path is a Residual"):
+        load(graph)  # type: ignore[arg-type]

@@ -193,3 +193,12 @@ def test_target_files_are_linted(run, tmp_path: Path) -> None:
     broken = run("targets", "--lint", str(path))
     assert broken.code == 1
     assert "no rate for int8*int8" in broken.out
+
+
+def test_modules_are_imported_first(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first_of_all.py").write_text("print('imported')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("--import", "first_of_all", "targets").out.startswith("imported\n")
+    failed = run("--import", "nothing_here", "targets")
+    assert failed.code == 2
+    assert "the module 'nothing_here' cannot be imported" in failed.err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +114,20 @@ def test_operands_are_parameters() -> None:
     wrong = Op("half", OpKind.TABLE, inspect.signature(lambda x: None), operands=("input",))
     with pytest.raises(UserError, match="'half' has no parameter 'input'"):
         OpTable().define(wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"lowering": "table"}, "quant says that it has no integer form"),
+        ({"lowering": "table", "quant": QuantRule.OWN, "operands": ()}, "no operands"),
+        ({"signature": len}, "signature"),
+        ({"modules": [nn.Mish]}, "modules of the operator 'one' is a list"),
+        ({"functions": (torch.sinc,)}, "functions of the operator 'one' is a tuple"),
+    ],
+)
+def test_entries_that_contradict_themselves_are_refused(fields: dict[str, Any], words: str) -> None:
+    table, entry = OpTable(), make("one", target=torch.erf)
+    with pytest.raises(UserError, match=words):
+        table.define(dataclasses.replace(entry, **fields))
+    table.define(entry)  # nothing of the refused one was kept

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qgraph.errors import InternalError, UserError
+from qgraph.errors import UserError
 from qgraph.ir.editor import Editor
 from qgraph.ir.node_info import graph_info, info
+from qgraph.ir.op_table import OPS
 from qgraph.lowering import LOWERINGS, register_lowering
 from qgraph.lowering.base import Lowering, LoweringContext, lowering_of, support
 from qgraph.pipeline import Pipeline
@@ -112,7 +113,7 @@ def test_a_lowering_that_is_not_registered(registered: str) -> None:
     node = relu_node(gm)
     op = replace(info(node).op, lowering="relux")
     Editor(gm, "test").annotate(node, op=op)
-    with pytest.raises(InternalError, match="no lowering is named 'relux'") as caught:
+    with pytest.raises(UserError, match="no lowering is named 'relux'") as caught:
         lowering_of(node)
     assert "did you mean 'relu'" in str(caught.value)
     assert "test_support.py:" in str(caught.value)
@@ -138,3 +139,18 @@ def test_what_is_written_in_place_stays_float() -> None:
     assert support(node, get_target("bpu"))
     Editor(gm, "test").annotate(node, unstable=True)
     assert support(node, get_target("bpu")).reason == "its memory is written in place"
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [(lambda values: values.sum(), "is not elementwise"), (lambda values: values.nothing, "the function of erf fails")],
+)
+def test_functions_of_tables_are_elementwise(function: object, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 3)
+    graph = prepare(Forward(lambda m, x: torch.erf(x)).eval(), x)
+    calibrate(graph, [x], progress=False)
+    entry = OPS.named("erf")
+    monkeypatch.setitem(entry.__dict__, "scalar_function", function)
+    with pytest.raises(UserError, match=words) as raised:
+        convert(graph)
+    assert "site _generated_erf_0" in str(raised.value)

@@ -13,7 +13,7 @@ from qgraph.capture import trace
 from qgraph.errors import NumericCheckError, PassError, QGraphError, UserError, VerifyError
 from qgraph.ir.editor import Editor
 from qgraph.ir.node_info import graph_info, info
-from qgraph.ir.op_table import RELU, SIGMOID
+from qgraph.ir.op_table import RELU, RESHAPE, SIGMOID
 from qgraph.ir.stage import Stage
 from qgraph.ir.text import print_graph
 from qgraph.passes import Canonicalize, DecomposeComposites, EliminateDeadCode, FoldConstants, FuseConvBnAddRelu
@@ -30,7 +30,7 @@ from qgraph.pipeline import (
     TimingObserver,
     close,
 )
-from qgraph.rewrite import Match, Rule, Verdict, call, no
+from qgraph.rewrite import Match, Rule, Verdict, any_value, call, no
 from tests.support.models import Residual, image
 from tests.support.passes import count_ops, nodes_of, relative_error
 
@@ -342,3 +342,52 @@ def test_a_check_must_give_a_verdict(gm: fx.GraphModule) -> None:
 def test_a_refusal_needs_a_reason() -> None:
     with pytest.raises(PassError, match="no reason"):
         no("")
+
+
+class _BreaksShapes(Rule):
+    name = "breaks-shapes"
+    x = any_value()
+    root = call(RELU, x)
+
+    def rewrite(self, match: Match, edit: Editor) -> None:
+        new = edit.call(RESHAPE, match.value(self.x), like=match.root, shape=(-1, 1))
+        edit.replace(match.root, new)
+
+
+@dataclass(frozen=True)
+class _Breaking(RewritePass):
+    """For tests."""
+
+    name: ClassVar[str] = "breaking"
+
+    def rules(self, gm: fx.GraphModule, ctx: PassContext) -> list[Rule]:
+        return [_BreaksShapes()]
+
+
+def test_a_graph_that_cannot_run_any_more_names_the_pass() -> None:
+    graph = trace(nn.Sequential(nn.ReLU(), nn.Linear(4, 3)).eval(), torch.randn(2, 4))
+    pipeline = Pipeline((Canonicalize(), _Breaking()))
+    for how in (pipeline.run, pipeline.bisect):
+        with pytest.raises(PassError, match="cannot run any more after the pass breaking") as raised:
+            how(graph)
+        assert "shapes cannot be multiplied" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ({"name": None}, "has no name"),
+        ({"requires": "canonical"}, "requires of the pass odd"),
+        ({"keeps": 1e-3}, "keeps of the pass odd"),
+    ],
+)
+def test_passes_that_declare_themselves_wrongly(declared: dict[str, object], words: str) -> None:
+    odd = type("Odd", (_Breaking,), {"name": "odd", **declared})
+    with pytest.raises(UserError, match=words):
+        Pipeline((odd(),))
+
+
+@pytest.mark.parametrize("text", [None, ["canonicalize"]])
+def test_only_texts_are_parsed(text: object) -> None:
+    with pytest.raises(UserError, match="a pipeline's text cannot be"):
+        Pipeline.parse(text)  # type: ignore[arg-type]

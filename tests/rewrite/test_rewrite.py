@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qgraph.capture import trace
-from qgraph.errors import InternalError, PassError
+from qgraph.errors import PassError, UserError
 from qgraph.ir.editor import Editor
 from qgraph.ir.node_info import info
 from qgraph.ir.op_table import ADD, CONV2D, MUL, RELU, SIGMOID, TANH
@@ -71,7 +71,7 @@ def test_optional_operands() -> None:
 def test_matches_are_asked_by_pattern_objects() -> None:
     x = any_value()
     (match,) = all_matches(call(RELU, x), captured(torch.relu))
-    with pytest.raises(InternalError, match="not part of the match"):
+    with pytest.raises(PassError, match="not part of the match"):
         match.value(any_value())
 
 
@@ -165,3 +165,20 @@ def test_the_first_rule_that_may_fire_wins() -> None:
     done = rewrite_graph(Editor(gm, "test"), [first, second])
     assert done.fired == {"second": 1}
     assert nodes_of(gm, SIGMOID)
+
+
+def test_malformed_patterns_and_rules_are_refused() -> None:
+    with pytest.raises(UserError, match="cannot call 'mul'"):
+        call("mul", any_value())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no pattern"):
+        call(MUL, any_value(), 2)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="has 1 operand"):
+        call(RELU, any_value(), any_value())
+
+    class Rootless(Rule):
+        name = "rootless"
+
+        def rewrite(self, match: Match, edit: Editor) -> None: ...
+
+    with pytest.raises(PassError, match="Rootless has no name or no root"):
+        rewrite_graph(Editor(captured(lambda x: x.relu()), "test"), [Rootless()])

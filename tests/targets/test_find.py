@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qgraph.errors import TargetError
-from qgraph.targets import get_target, list_targets
+from qgraph.targets import get_target, list_targets, parse_target
 from qgraph.targets.inherit import BUILT_IN
 from tests.targets.test_parse import SMALL
 
@@ -99,7 +99,7 @@ def test_close_names_are_suggested(name: str) -> None:
 def test_names_that_are_none() -> None:
     with pytest.raises(TargetError, match="no target is named ''"):
         get_target("")
-    with pytest.raises(TargetError, match="a int is no target") as raised:
+    with pytest.raises(TargetError, match="a target cannot be of type int") as raised:
         get_target(3)  # type: ignore[arg-type]
     assert "give a name, a TOML file or a Target" in str(raised.value)
 
@@ -108,3 +108,16 @@ def test_a_target_is_itself() -> None:
     target = get_target("bpu")
     assert get_target(target) is target
     assert get_target("bpu") is target, "read once"
+
+
+def test_a_path_with_another_ending_says_so() -> None:
+    with pytest.raises(TargetError, match=r"the path of a file ends in \.toml"):
+        get_target("chips/mychip.tml")
+
+
+def test_misspelled_keys_of_formats_are_told_from_formats() -> None:
+    text = 'name = "x"\nbase = "bpu"\n[weights]\nper_chanel = true\n'
+    with pytest.raises(TargetError, match="did you mean 'per_channel'"):
+        parse_target(text, origin="x.toml")
+    with pytest.raises(TargetError, match="did you mean 'base'"):
+        parse_target('name = "x"\nbse = "bpu"\n', origin="x.toml")

@@ -8,7 +8,7 @@ import pytest
 
 from qgraph.errors import TargetError
 from qgraph.numerics import qint8, qint32
-from qgraph.targets import Target, get_target, load_target, parse_target
+from qgraph.targets import Target, get_target, lint_target, load_target, parse_target
 from tests.targets.test_parse import SMALL
 
 CHILD = """
@@ -97,3 +97,43 @@ def test_circles_are_refused(tmp_path: Path) -> None:
         child(tmp_path, base=SMALL.replace('name = "small"', 'name = "small"\nbase = "child.toml"'))
     assert "small.toml" in str(raised.value)
     assert "child.toml" in str(raised.value)
+
+
+REMOVING = """
+name = "less"
+base = "bpu"
+remove = ["int16", "tanh"]
+"""
+
+
+def test_operators_and_formats_of_the_base_can_be_removed() -> None:
+    less, bpu = parse_target(REMOVING, origin="less.toml"), get_target("bpu")
+    assert less.rule("tanh") is None
+    assert set(less.activations) == {"int8"}
+    assert {str(f) for rule in less.ops.values() for line in rule.legal for f in line.results} <= {"int8", "int32"}
+    assert all("int16" not in name for rates in less.units.values() for name in rates)
+    assert set(less.ops) < set(bpu.ops)
+    assert lint_target(less) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"tanh"', '"tanhh"', "did you mean 'tanh'"),
+        ('"int16", "tanh"', '"uint8"', "remove names 'uint8'"),
+        ('["int16", "tanh"]', '"tanh"', "give a list"),
+        ('base = "bpu"', "", "there is no base"),
+    ],
+)
+def test_removing_what_is_not_there(old: str, new: str, words: str) -> None:
+    with pytest.raises(TargetError) as raised:
+        parse_target(REMOVING.replace(old, new), origin="less.toml")
+    assert words in str(raised.value)
+
+
+def test_a_step_of_a_removed_operator_goes_with_it(tmp_path: Path) -> None:
+    assert "add.sum" in child(tmp_path).arithmetic
+    (tmp_path / "least.toml").write_text('name = "least"\nbase = "small.toml"\nremove = ["add"]\n', encoding="utf-8")
+    least = load_target(tmp_path / "least.toml")
+    assert least.rule("add") is None
+    assert "add.sum" not in least.arithmetic

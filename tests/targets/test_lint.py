@@ -127,3 +127,10 @@ def test_the_steps_of_composites_are_those_of_the_pass() -> None:
 
 def test_every_rule_says_what_it_is_for_or_is_named_for_it() -> None:
     assert len({rule.__name__ for rule in LINT_RULES}) == len(LINT_RULES)
+
+
+def test_a_step_that_nothing_asks_for_is_a_warning() -> None:
+    text = CLEAN.replace("[arithmetic]", '[arithmetic]\n"add.sume" = "int32:wrap/float:floor"')
+    (finding,) = lint_target(parse_target(text, origin="clean.toml"))
+    assert finding.severity is Severity.WARNING
+    assert "add.sume: qgraph has no step 'sume' (did you mean 'sum' or 'sample'?)" in str(finding)
