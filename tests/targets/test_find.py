@@ -111,7 +111,7 @@ def test_a_target_is_itself() -> None:
 
 
 def test_a_path_with_another_ending_says_so() -> None:
-    with pytest.raises(TargetError, match=r"the path of a file ends in \.toml"):
+    with pytest.raises(TargetError, match=r"the path of a target's file ends in \.toml"):
         get_target("chips/mychip.tml")
 
 

@@ -116,7 +116,7 @@ def test_neither_name_nor_path_nor_target() -> None:
     with pytest.raises(TargetError) as raised:
         lint_target("bpx")
     assert all(word in str(raised.value) for word in ("no target is named 'bpx'", "did you mean 'bpu'", ".toml"))
-    with pytest.raises(TargetError, match="a int is no target"):
+    with pytest.raises(TargetError, match="cannot be of type int"):
         lint_target(3)
 
 
