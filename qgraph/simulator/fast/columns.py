@@ -11,6 +11,7 @@ import torch
 from qgraph.numerics import Rounding
 from qgraph.simulator.fast.exact import SINGLE, largest
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.steps import Steps, fitted
 
 if TYPE_CHECKING:
     from qgraph.simulator.fast.finish import Finish
@@ -27,11 +28,25 @@ def bound_loop(finish: Finish, columns: int, wide: bool) -> Loop:
         return _product(finish, columns, low, high)
     if finish.is_sum:
         return _sum(finish, columns, low, high)
-    return _scale(finish, columns, low, high)
+    return _scale(finish, columns, low, high, finish.zero)
 
 
-def _scale(finish: Finish, columns: int, low: int, high: int) -> Loop:
-    compiled, term, zero = loops(), finish.terms[0], finish.zero
+def proven_steps(finish: Finish, columns: int) -> Steps | None:
+    """The one term of `finish` as a fused multiply-add, if one is proven equal."""
+    if finish.is_sum or finish.factors is not None:
+        return None
+    (low, high, _), term, zero = finish.limits(True), finish.terms[0], finish.zero
+    exact = _scale(finish, columns, low, high, 0)
+    scale = _spread(term.multiplier, columns).astype(np.float64)
+    if finish.way != "f32":
+        scale = np.ldexp(scale, -_spread(finish.shift, columns).astype(np.int32))
+    start = _spread(term.start, columns).astype(np.int64) - term.zero
+    found = fitted(exact, scale, start, term.bound, low, high)
+    return None if found is None else Steps(*found, finish.limits(False)[:2], (low, high), zero)
+
+
+def _scale(finish: Finish, columns: int, low: int, high: int, zero: int) -> Loop:
+    compiled, term = loops(), finish.terms[0]
     start = _spread(term.start, columns).astype(np.int64) - term.zero
     f32 = (np.float32(low), np.float32(high), np.int32(zero))
     if finish.way == "f32":

@@ -12,6 +12,7 @@ Each way exists compiled (numba, arrays of rows) and as torch operators (any sha
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ from qgraph.numerics import (
 )
 from qgraph.numerics.engines import EngineRule
 from qgraph.numerics.rounding import round_float
-from qgraph.simulator.fast.columns import Loop, bound_loop
+from qgraph.simulator.fast.columns import Loop, bound_loop, proven_steps
 from qgraph.simulator.fast.exact import DOUBLE, exact_in_double, largest
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.steps import Steps
 from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import NoFastForm
 from qgraph.simulator.trace import KernelTrace
@@ -97,6 +99,9 @@ class Finish:
         general = self.engine is None and (even or self.rule.form is not ScaleForm.FLOAT)
         self.compiles = on_cpu and general and loops() is not None
         self.loops: dict[tuple[int, bool], Loop] = {}
+        factors = (*(value for term in terms for value in (term.multiplier, term.start)), shift, offset)
+        self.uniform = all(value is None or value.numel() == 1 for value in factors)
+        self.found: dict[int, Steps | None] = {}
 
     def _rule(
         self, rule: Rule, shift: torch.Tensor | None
@@ -142,11 +147,24 @@ class Finish:
 
     def rows(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of contiguous `a` `[rows, columns]`; factors lie along the columns; `b` may have one row or column."""
-        return self._bounded(self._rows, a, b, trace)
+        steps = None if trace is None or b is not None else self.steps(a.shape[1])
+        if trace is None or steps is None:
+            return self._bounded(self._rows, a, b, trace)
+        out = torch.empty(a.shape, dtype=self.qtype.storage)
+        trace.saturated += steps.count(a.numpy(), out.numpy())
+        return out
 
-    def fill(self, a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
+    def fill(
+        self, a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor, trace: KernelTrace | None = None
+    ) -> None:
         """As `rows`, into `out`; for the parts of a larger result."""
-        if self.compiles:
+        if trace is not None:
+            steps = None if b is not None else self.steps(a.shape[1])
+            if steps is None:
+                out.copy_(self.rows(a, b, trace))
+            else:
+                trace.saturated += steps.count(a.numpy(), out.numpy())
+        elif self.compiles:
             self.loop(a.shape[1], False)(a.numpy(), None if b is None else b.numpy(), out.numpy())
         else:
             out.copy_(self._any(a, b, False))
@@ -154,8 +172,9 @@ class Finish:
     def flat(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of contiguous `a` `[n]` (and `b` `[n]`) with one factor for all."""
         size = a.numel()
-        if not self.compiles or size <= _COLUMNS:
-            return self.rows(a.reshape(1, -1), None if b is None else b.reshape(1, -1), trace).reshape(-1)
+        width = _width(size) if self.compiles else max(size, 1)
+        if size % width == 0:
+            return self.rows(a.view(-1, width), None if b is None else b.view(-1, width), trace).view(-1)
         return self._bounded(self._flat, a, b, trace)
 
     def any(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
@@ -193,8 +212,20 @@ class Finish:
         """The compiled loop for so many columns, with its constants."""
         found = self.loops.get((columns, wide))
         if found is None:
-            found = self.loops[columns, wide] = bound_loop(self, columns, wide)
+            steps = None if wide else self.steps(columns)
+            found = bound_loop(self, columns, wide) if steps is None else steps.fill
+            self.loops[columns, wide] = found
         return found
+
+    def steps(self, columns: int) -> Steps | None:
+        """The fused form for so many columns, if there is one."""
+        if columns not in self.found:
+            if self.uniform and columns != 1:
+                one = self.steps(1)
+                self.found[columns] = None if one is None else one.spread(columns)
+            else:
+                self.found[columns] = proven_steps(self, columns) if self.compiles else None
+        return self.found[columns]
 
     def _rows(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
         if self.compiles:
@@ -287,6 +318,14 @@ class Finish:
         else:
             scaled = self.rule.apply(wide[0], Factor(self.terms[0].multiplier, self.shift))
         return _stored(scaled, low, high, self.zero, storage)
+
+
+@lru_cache(maxsize=256)
+def _width(size: int) -> int:
+    """Columns into which a flat array is cut: a divisor, so that there is no rest, or `_COLUMNS` where none is good."""
+    if size <= 2 * _COLUMNS:
+        return max(size, 1)
+    return next((width for width in range(2 * _COLUMNS, _COLUMNS // 8, -1) if size % width == 0), _COLUMNS)
 
 
 def general_form(

@@ -278,10 +278,10 @@ class _End:
 
     def fill(self, sums: torch.Tensor, out: torch.Tensor, trace: KernelTrace | None) -> None:
         """Codes of sums `[rows, columns]` into `out`."""
-        if self.finish is None or trace is not None:
+        if self.finish is None or self.wraps:
             out.copy_(self.rows(sums, None, trace))
         else:
-            self.finish.fill(sums, None, out)
+            self.finish.fill(sums, None, out, trace)
 
     def tiled(
         self, matrix: Matrix, x: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None
@@ -289,17 +289,15 @@ class _End:
         """Codes of the products of `x` `[rows, in]`."""
         size = matrix.packed.shape[1]
         out = torch.empty(x.shape[0], size, dtype=self.storage)
-        if trace is None and self.finish is not None and x.shape[0] * size <= TILE:
-            self.finish.fill(matrix.all(x), other, out)
+        if self.finish is not None and x.shape[0] * size <= TILE:
+            self.finish.fill(matrix.all(x), other, out, trace)
             return out
         for part, sums in matrix.tiles(x):
             second = None if other is None else other[part]
             if self.finish is None:
                 out[part] = self._raw(sums)
-            elif trace is None:
-                self.finish.fill(sums, second, out[part])
             else:
-                out[part] = self.finish.rows(sums, second, trace)
+                self.finish.fill(sums, second, out[part], trace)
         return out
 
     def flat(self, sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
