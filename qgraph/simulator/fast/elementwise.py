@@ -112,6 +112,8 @@ def prepare_add(call: KernelCall) -> Kernel:
     if isinstance(parse_arithmetic(call.options["arithmetic"]).rule, EngineSum):
         return prepare_engine_sum(call)
     x, y, multiplier_x, multiplier_y, shift = call.args[:5]
+    if isinstance(y, torch.Tensor):
+        return _with_constant(call, y)
     x, y = _codes(x), _codes(y)
     _constants(multiplier_x, multiplier_y, shift)
     zeros = call.options.get("x_zero", 0), call.options.get("y_zero", 0)
@@ -123,6 +125,15 @@ def prepare_add(call: KernelCall) -> Kernel:
     swapped = Finish(call.options, terms[::-1], shift, accumulates=False)
     constants = [value for value in (multiplier_x, multiplier_y, shift) if value is not None]
     return _pairs(finish, swapped, all(value.dim() == 0 for value in constants))
+
+
+def _with_constant(call: KernelCall, y: torch.Tensor) -> Kernel:
+    """A sum whose second operand is a constant, as an operand of known bounds."""
+    if not y.numel():
+        raise NoFastForm("the constant is empty")
+    known = Operand(y.dtype, tuple(y.shape), int(y.min()), int(y.max()), y.device)
+    run = prepare_add(KernelCall(call.operator, (call.args[0], known, *call.args[2:]), call.options))
+    return lambda x, trace=None: run(x, y, trace=trace)
 
 
 def prepare_mul(call: KernelCall) -> Kernel:
@@ -278,10 +289,24 @@ def _by_code(source: QType, function: Callable[[torch.Tensor], torch.Tensor]) ->
     entries = function(torch.arange(source.qmin, source.qmax + 1)).roll(source.qmin)
     unsigned = torch.uint8 if source.bits == 8 else torch.uint16
     pairs = _pairs_of(entries) if source.bits == 8 and entries.element_size() <= 4 else None
+    if loops() is not None and entries.device.type == "cpu":
+        return _compiled_lookup(np.uint8 if source.bits == 8 else np.uint16, entries)
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         full = dense(x)
         return shaped_as(_looked_up(memory(full), unsigned, entries, pairs), full)
+
+    return run
+
+
+def _compiled_lookup(kind: Any, entries: torch.Tensor) -> Kernel:
+    table = entries.numpy()
+
+    def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
+        full = dense(x)
+        out = torch.empty_like(full, dtype=entries.dtype)
+        loops().look_up(memory(full).numpy().view(kind), table, memory(out).numpy())
+        return out
 
     return run
 
@@ -296,11 +321,6 @@ def _pairs_of(entries: torch.Tensor) -> torch.Tensor:
 def _looked_up(
     codes: torch.Tensor, unsigned: torch.dtype, entries: torch.Tensor, pairs: torch.Tensor | None
 ) -> torch.Tensor:
-    if loops() is not None and codes.device.type == "cpu":
-        out = torch.empty(codes.shape, dtype=entries.dtype)
-        kind = np.uint8 if unsigned is torch.uint8 else np.uint16
-        loops().look_up(codes.numpy().view(kind), entries.numpy(), out.numpy())
-        return out
     if pairs is not None and codes.numel() % 2 == 0 and codes.storage_offset() % 2 == 0:
         index = codes.view(torch.uint16).to(torch.int32)
         return pairs.index_select(0, index).view(entries.dtype)

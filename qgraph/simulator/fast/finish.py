@@ -34,10 +34,10 @@ from qgraph.numerics import (
 )
 from qgraph.numerics.engines import EngineRule
 from qgraph.numerics.rounding import round_float
-from qgraph.simulator.fast.columns import Loop, bound_loop, proven_steps
+from qgraph.simulator.fast.columns import Loop, bound_loop, rescaling
 from qgraph.simulator.fast.exact import DOUBLE, exact_in_double, largest
 from qgraph.simulator.fast.loops import loops
-from qgraph.simulator.fast.steps import Steps
+from qgraph.simulator.fast.steps import Rescaling
 from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import NoFastForm
 from qgraph.simulator.trace import KernelTrace
@@ -101,7 +101,7 @@ class Finish:
         self.loops: dict[tuple[int, bool], Loop] = {}
         factors = (*(value for term in terms for value in (term.multiplier, term.start)), shift, offset)
         self.uniform = all(value is None or value.numel() == 1 for value in factors)
-        self.found: dict[int, Steps | None] = {}
+        self.found: dict[int, Rescaling | None] = {}
 
     def _rule(
         self, rule: Rule, shift: torch.Tensor | None
@@ -147,11 +147,11 @@ class Finish:
 
     def rows(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of contiguous `a` `[rows, columns]`; factors lie along the columns; `b` may have one row or column."""
-        steps = None if trace is None or b is not None else self.steps(a.shape[1])
-        if trace is None or steps is None:
+        fused = None if trace is None or b is not None else self.fused(a.shape[1])
+        if trace is None or fused is None:
             return self._bounded(self._rows, a, b, trace)
         out = torch.empty(a.shape, dtype=self.qtype.storage)
-        trace.saturated += steps.count(a.numpy(), out.numpy())
+        trace.saturated += fused.count(a.numpy(), out.numpy())
         return out
 
     def fill(
@@ -159,11 +159,11 @@ class Finish:
     ) -> None:
         """As `rows`, into `out`; for the parts of a larger result."""
         if trace is not None:
-            steps = None if b is not None else self.steps(a.shape[1])
-            if steps is None:
+            fused = None if b is not None else self.fused(a.shape[1])
+            if fused is None:
                 out.copy_(self.rows(a, b, trace))
             else:
-                trace.saturated += steps.count(a.numpy(), out.numpy())
+                trace.saturated += fused.count(a.numpy(), out.numpy())
         elif self.compiles:
             self.loop(a.shape[1], False)(a.numpy(), None if b is None else b.numpy(), out.numpy())
         else:
@@ -212,19 +212,19 @@ class Finish:
         """The compiled loop for so many columns, with its constants."""
         found = self.loops.get((columns, wide))
         if found is None:
-            steps = None if wide else self.steps(columns)
-            found = bound_loop(self, columns, wide) if steps is None else steps.fill
+            fused = None if wide else self.fused(columns)
+            found = bound_loop(self, columns, wide) if fused is None else fused.fill
             self.loops[columns, wide] = found
         return found
 
-    def steps(self, columns: int) -> Steps | None:
+    def fused(self, columns: int) -> Rescaling | None:
         """The fused form for so many columns, if there is one."""
         if columns not in self.found:
             if self.uniform and columns != 1:
-                one = self.steps(1)
+                one = self.fused(1)
                 self.found[columns] = None if one is None else one.spread(columns)
             else:
-                self.found[columns] = proven_steps(self, columns) if self.compiles else None
+                self.found[columns] = rescaling(self, columns) if self.compiles else None
         return self.found[columns]
 
     def _rows(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:

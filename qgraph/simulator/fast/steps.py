@@ -21,39 +21,46 @@ _AROUND = np.arange(-1, 3)  # the sums looked at, beside the one estimated to be
 _MOVE = 2.0**-18  # of the offset between two tries, in codes
 # Neighbours of the multiplier (in float32 numbers) and moves of the offset, the smallest first.
 _TRIES = sorted(((i, j) for i in range(-2, 3) for j in range(-6, 7)), key=lambda t: 3 * abs(t[0]) + abs(t[1]))
-_MOST = 1 << 21  # steps of all columns; more take longer to look at than they save
+_MOST = 1 << 9  # steps of a column; more take longer to look at than they save
 
 
-class Steps:
-    """A proven fused form with its bounds.
+class Rescaling:
+    """A compiled form in float32 with its factors and bounds.
 
     Args:
-        m, c: float32 `[columns]`; one column stands for any number.
+        name: of the compiled loop; the one that counts too is `<name>_counted`.
+        factors: two arrays `[columns]`; one column stands for any number.
         bounds: of the codes without zero point.
         seen: those bounds, with one code more on the sides where what lies beyond counts as saturated.
         zero: the zero point of the codes.
     """
 
-    def __init__(self, m: Any, c: Any, bounds: tuple[int, int], seen: tuple[int, int], zero: int) -> None:
-        self.m, self.c = m, c
+    def __init__(
+        self, name: str, factors: tuple[Any, Any], bounds: tuple[int, int], seen: tuple[int, int], zero: int
+    ) -> None:
+        compiled = loops("compiled_steps")
+        self.loop, self.counting = getattr(compiled, name), getattr(compiled, f"{name}_counted")
+        self.factors, self.zero = factors, np.int32(zero)
         self.bounds = np.float32(bounds[0]), np.float32(bounds[1])
-        self.counted = tuple(np.float32(a if a != b else np.copysign(np.inf, s)) for a, b, s in zip(bounds, seen, (-1, 1)))
-        self.zero = np.int32(zero)
-        self.loops = loops("compiled_steps")
+        nowhere = -np.inf, np.inf
+        self.fitting = tuple(
+            np.float32(bound if bound != further else never)
+            for bound, further, never in zip(bounds, seen, nowhere, strict=True)
+        )
 
-    def spread(self, columns: int) -> Steps:
+    def spread(self, columns: int) -> Rescaling:
         """The same with so many columns."""
         other = copy(self)
-        other.m, other.c = (np.ascontiguousarray(np.broadcast_to(v, columns)) for v in (self.m, self.c))
+        other.factors = tuple(np.ascontiguousarray(np.broadcast_to(v, columns)) for v in self.factors)  # type: ignore[assignment]
         return other
 
     def fill(self, sums: Any, _: Any, out: Any) -> None:
         """Codes of sums `[rows, columns]` into `out`."""
-        self.loops.rescale(sums, self.m, self.c, *self.bounds, self.zero, out)
+        self.loop(sums, *self.factors, *self.bounds, self.zero, out)
 
     def count(self, sums: Any, out: Any) -> int:
         """As `fill`; how many did not fit."""
-        return int(self.loops.rescale_counted(sums, self.m, self.c, *self.bounds, *self.counted, self.zero, out))
+        return int(self.counting(sums, *self.factors, *self.bounds, *self.fitting, self.zero, out))
 
 
 def fitted(
@@ -68,7 +75,7 @@ def fitted(
         bound: of `abs(sum + start)`.
         low, high: bounds of the codes.
     """
-    if (high - low) * scale.size > _MOST or high <= low or not (scale > 0).all():
+    if high - low > _MOST or high <= low or not (scale > 0).all():
         return None
     ends = np.clip(np.stack([-bound - start, bound - start]), qint32.qmin, qint32.qmax)
     codes = np.arange(low + 1, high + 1).reshape(-1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from qgraph.numerics import qint32
@@ -152,10 +153,11 @@ def _compiles(x: torch.Tensor, wide: torch.dtype) -> bool:
 
 def _row_sums(x: torch.Tensor, last: int, keepdim: bool, zero: int) -> torch.Tensor:
     """int32 sums over so many of the last dimensions."""
-    rows = x.flatten(x.dim() - last).contiguous()
-    out = torch.empty(rows.shape[:-1], dtype=torch.int32)
-    loops().row_sums(rows.view(-1, rows.shape[-1]).numpy(), -zero * rows.shape[-1], out.view(-1).numpy())
-    return out.view(*out.shape, *[1] * last) if keepdim else out
+    shape = x.shape[: x.dim() - last]
+    rows = x.contiguous().view(shape.numel(), -1)
+    out = torch.empty((*shape, *[1] * last) if keepdim else shape, dtype=torch.int32)
+    loops("compiled_rows").row_sums(rows.numpy(), np.int32(-zero * rows.shape[1]), out.view(-1).numpy())
+    return out
 
 
 def prepare_resize_bilinear(call: KernelCall) -> Kernel:
@@ -206,6 +208,8 @@ def _counted(x: torch.Tensor, zero: int, wide: torch.dtype) -> torch.Tensor:
 def _ended(finish: Finish, sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
     if finish.terms[0].multiplier.dim() or (finish.shift is not None and finish.shift.dim()):
         return finish.any(sums, None, trace)
+    if sums.is_contiguous():
+        return finish.flat(sums.view(-1), None, trace).view(sums.shape)
     full = dense(sums)
     return shaped_as(finish.flat(memory(full), None, trace), full)
 
