@@ -5,6 +5,7 @@ Arrays are `[rows, columns]`, factors `[columns]`. The bounds hold before `zero`
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return, unreachable"
+# mypy: disable-error-code="call-arg, var-annotated, assignment"
 from __future__ import annotations
 
 import numpy as np

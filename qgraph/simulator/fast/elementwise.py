@@ -25,7 +25,7 @@ from qgraph.numerics import (
     quint8,
 )
 from qgraph.simulator.fast.finish import Finish
-from qgraph.simulator.fast.layout import channels_last, dense, memory, shaped_as
+from qgraph.simulator.fast.layout import array_of, channels_last, dense, memory, shaped_as
 from qgraph.simulator.fast.loops import loops
 from qgraph.simulator.fast.pairs import prepare_engine_sum
 from qgraph.simulator.fast.term import Term
@@ -102,7 +102,11 @@ def _flat(finish: Finish, rank: int, own: int) -> Kernel:
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         full = dense(x)
-        return shaped_as(finish.flat(memory(full), None, trace), full)
+        if not finish.compiles:
+            return shaped_as(finish.flat(memory(full), None, trace), full)
+        out = torch.empty_like(full, dtype=finish.storage)
+        finish.write_flat(array_of(full), None, array_of(out), trace)
+        return out
 
     return run
 
@@ -162,6 +166,10 @@ def _pairs(finish: Finish, swapped: Finish, one_factor: bool) -> Kernel:
             other = dense(y)
             if full.stride() != other.stride():
                 full, other = full.contiguous(), other.contiguous()
+            if finish.compiles:
+                out = torch.empty_like(full, dtype=finish.storage)
+                finish.write_flat(array_of(full), array_of(other), array_of(out), trace)
+                return out
             return shaped_as(finish.flat(memory(full), memory(other), trace), full)
         if y.numel() > x.numel():
             return _against_rows(swapped, y, x, trace)
@@ -175,6 +183,11 @@ def _against_rows(finish: Finish, x: torch.Tensor, y: torch.Tensor, trace: Kerne
     shape, rank = x.shape, x.dim()
     if 0 < y.dim() <= rank and x.numel():
         tall = (1,) * (rank - y.dim()) + tuple(y.shape)
+        if finish.compiles and tall[-1] == 1 and tall[:-1] == shape[:-1]:
+            out = torch.empty(shape, dtype=finish.storage)
+            rows, column, codes = (full.contiguous().numpy().reshape(-1, full.shape[-1]) for full in (x, y, out))
+            finish.write(rows, column, codes, trace)
+            return out
         if tall[-1] == 1 and tall[:-1] == shape[:-1]:
             return finish.rows(x.reshape(-1, shape[-1]), y.reshape(-1, 1), trace).view(shape)
         # The same block for every sample: y's dimensions are 1, then those of x.
@@ -305,7 +318,7 @@ def _compiled_lookup(kind: Any, entries: torch.Tensor) -> Kernel:
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         full = dense(x)
         out = torch.empty_like(full, dtype=entries.dtype)
-        loops().look_up(memory(full).numpy().view(kind), table, memory(out).numpy())
+        loops().look_up(array_of(full).view(kind), table, array_of(out))
         return out
 
     return run

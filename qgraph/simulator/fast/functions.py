@@ -19,7 +19,7 @@ def amax(x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
     if not (last and compiles) or loops() is None:
         return torch.amax(x, dim, keepdim)
     out = torch.empty((*x.shape[:-1], 1) if keepdim else x.shape[:-1], dtype=x.dtype)
-    loops("compiled_rows").row_maxima(x.contiguous().view(-1, x.shape[-1]).numpy(), out.view(-1).numpy())
+    loops("compiled_rows").row_maxima(x.contiguous().numpy().reshape(-1, x.shape[-1]), out.numpy().reshape(-1))
     return out
 
 
