@@ -51,15 +51,20 @@ class Program:
     Args:
         gm: the graph; its tensors are read here, once.
         kernels: per node that calls an integer operator, the kernel wanted and the plain kernel to fall back to.
+        functions: what to call in place of other functions.
 
     Attributes:
         fallbacks: site to the reason why its prepared kernel was not used.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, kernels: Mapping[fx.Node, tuple[Kernel | PreparedKernel, Kernel | None]]
+        self,
+        gm: fx.GraphModule,
+        kernels: Mapping[fx.Node, tuple[Kernel | PreparedKernel, Kernel | None]],
+        functions: Mapping[Any, Callable[..., Any]] | None = None,
     ) -> None:
         self.gm = gm
+        self.functions = functions or {}
         self.fallbacks: dict[str, str] = {}
         self.ranges = code_ranges(gm)
         self.slots = {node: position for position, node in enumerate(gm.graph.nodes)}
@@ -159,6 +164,7 @@ class Program:
 
             return call_method
         function: Any = submodule_at(self.gm, str(node.target)) if node.op == "call_module" else node.target
+        function = self.functions.get(function, function) if node.op == "call_function" else function
         return lambda values, trace: function(*load(values), **options(values))
 
 

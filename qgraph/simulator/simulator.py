@@ -28,6 +28,7 @@ from qgraph.ir.node_info import graph_info, info, where
 from qgraph.ir.op import OpKind
 from qgraph.ir.stage import Stage
 from qgraph.simulator.cost import OpCost, op_cost
+from qgraph.simulator.fast import FUNCTIONS
 from qgraph.simulator.fast import KERNELS as FAST
 from qgraph.simulator.kernel import Kernel, PreparedKernel
 from qgraph.simulator.operators import define_operator
@@ -213,7 +214,7 @@ class Simulator:
         self.sites = {info(node).site: node for node in integer.graph.nodes if is_site(node)}
         self._costs: dict[fx.Node, OpCost] = {}
         self._base = BASES.get(kernels)
-        self._program = Program(integer, self._select(kernels))
+        self._program = Program(integer, self._select(kernels), FUNCTIONS if kernels == "fast" else None)
         self._plain = None if self._base is not None else self._program
         self.fallbacks = dict(self._program.fallbacks)
 

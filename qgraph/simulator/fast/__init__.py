@@ -5,6 +5,7 @@ every input within the bounds of the codes; a call without such a way runs the r
 """
 
 from qgraph.simulator.fast.elementwise import KERNELS as ELEMENTWISE
+from qgraph.simulator.fast.functions import FUNCTIONS
 from qgraph.simulator.fast.products import KERNELS as PRODUCTS
 from qgraph.simulator.fast.windows import KERNELS as WINDOWS
 from qgraph.simulator.kernel import PreparedKernel
@@ -13,4 +14,4 @@ KERNELS: dict[str, PreparedKernel] = {
     name: PreparedKernel(prepare) for name, prepare in {**PRODUCTS, **ELEMENTWISE, **WINDOWS}.items()
 }
 
-__all__ = ["KERNELS"]
+__all__ = ["FUNCTIONS", "KERNELS"]

@@ -11,6 +11,7 @@ import torch
 from qgraph.numerics import Rounding
 from qgraph.simulator.fast.exact import SINGLE, largest
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.steps import Rescaling, fitted
 
 if TYPE_CHECKING:
     from qgraph.simulator.fast.finish import Finish
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # (first operand, second or None, result), arrays of rows
 Loop: TypeAlias = Callable[[Any, Any, Any], None]
 _HIGH_BITS = 31
+_WHOLE = 1 << 22  # the products that `rescale_exactly` rounds
 
 
 def bound_loop(finish: Finish, columns: int, wide: bool) -> Loop:
@@ -27,11 +29,30 @@ def bound_loop(finish: Finish, columns: int, wide: bool) -> Loop:
         return _product(finish, columns, low, high)
     if finish.is_sum:
         return _sum(finish, columns, low, high)
-    return _scale(finish, columns, low, high)
+    return _scale(finish, columns, low, high, finish.zero)
 
 
-def _scale(finish: Finish, columns: int, low: int, high: int) -> Loop:
-    compiled, term, zero = loops(), finish.terms[0], finish.zero
+def rescaling(finish: Finish, columns: int) -> Rescaling | None:
+    """The one term of `finish` in float32 with one rounding, if that is exact or proven equal."""
+    if finish.is_sum or finish.factors is not None:
+        return None
+    bounds, seen, term = finish.limits(False)[:2], finish.limits(True)[:2], finish.terms[0]
+    multiplier = _spread(term.multiplier, columns)
+    scale = multiplier.astype(np.float64)
+    if finish.way != "f32":
+        scale = np.ldexp(scale, -_spread(finish.shift, columns).astype(np.int32))
+    start = _spread(term.start, columns).astype(np.int64) - term.zero
+    small = max(term.bound, largest(term.start) + abs(term.zero)) <= SINGLE
+    single = finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN and largest(term.multiplier) <= SINGLE
+    if small and single and term.bound * np.abs(scale).max(initial=0) < _WHOLE:
+        factors = start.astype(np.float32), scale.astype(np.float32)
+        return Rescaling("rescale_exactly", factors, bounds, seen, finish.zero)
+    found = fitted(_scale(finish, columns, *seen, 0), scale, start, term.bound, *seen)
+    return None if found is None else Rescaling("rescale", found, bounds, seen, finish.zero)
+
+
+def _scale(finish: Finish, columns: int, low: int, high: int, zero: int) -> Loop:
+    compiled, term = loops(), finish.terms[0]
     start = _spread(term.start, columns).astype(np.int64) - term.zero
     f32 = (np.float32(low), np.float32(high), np.int32(zero))
     if finish.way == "f32":
@@ -42,9 +63,6 @@ def _scale(finish: Finish, columns: int, low: int, high: int) -> Loop:
     whole = _spread(term.multiplier, columns).astype(np.int64)
     if finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN:
         m, reals = whole * np.ldexp(1.0, -first[0]), start.astype(np.float64)
-        if term.bound + largest(term.start) <= SINGLE and largest(term.multiplier) <= SINGLE:
-            single, singles = m.astype(np.float32), start.astype(np.float32)
-            return lambda a, b, out: compiled.scale_fused(a, singles, single, *f32, out)
         return lambda a, b, out: compiled.scale_f64(a, reals, m, float(low), float(high), np.int32(zero), out)
     if finish.rule.first_rounding is None:
         return lambda a, b, out: compiled.scale_int(a, start, whole, first, low, high, zero, out)

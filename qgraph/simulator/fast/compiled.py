@@ -56,26 +56,6 @@ def _fused(context, x, y, z):
 
 
 @_compiled
-def scale_fused(a, start, m, low, high, zero, out):
-    """The exact product `(a + start) * m` of two float32 numbers, rounded once, half to even.
-
-    Rounding the product to float32 first can only move it onto a tie, never across one, because ties are float32
-    numbers. The error of that rounding is a float32 number too; its sign says on which side of the tie the product was.
-    `a`, `start` and their sum are whole numbers within 2**24.
-    """
-    half, nothing = np.float32(0.5), np.float32(0)
-    for i in range(a.shape[0]):
-        for j in range(a.shape[1]):
-            x = np.float32(a[i, j]) + start[j]
-            t = x * m[j]
-            error = _fused(x, m[j], -t)  # type: ignore[call-arg, var-annotated]
-            r = np.rint(t)
-            d = t - r
-            r += d + d if (abs(d) == half) & (error * d > nothing) else nothing
-            out[i, j] = np.int32(min(max(r, low), high)) + zero
-
-
-@_compiled
 def scale_f64(a, start, m, low, high, zero, out):
     """`rint((a + start) * m)` in float64, for products proven exact."""
     for i in range(a.shape[0]):
@@ -273,16 +253,6 @@ def unquantizable(x, scale, divides, zero, low, high):
         t = np.rint(x[i] / scale if divides else x[i] * scale) + zero
         outside += not (low <= t <= high)
     return outside
-
-
-@_compiled
-def row_sums(x, start, out):
-    """`start + sum(x[i])` of integers `[rows, columns]`, 32 bits."""
-    for i in range(x.shape[0]):
-        total = np.int64(start)
-        for j in range(x.shape[1]):
-            total += x[i, j]
-        out[i] = total
 
 
 @_compiled

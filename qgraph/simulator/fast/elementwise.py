@@ -25,7 +25,7 @@ from qgraph.numerics import (
     quint8,
 )
 from qgraph.simulator.fast.finish import Finish
-from qgraph.simulator.fast.layout import channels_last, dense, memory, shaped_as
+from qgraph.simulator.fast.layout import array_of, channels_last, dense, memory, shaped_as
 from qgraph.simulator.fast.loops import loops
 from qgraph.simulator.fast.pairs import prepare_engine_sum
 from qgraph.simulator.fast.term import Term
@@ -102,7 +102,11 @@ def _flat(finish: Finish, rank: int, own: int) -> Kernel:
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         full = dense(x)
-        return shaped_as(finish.flat(memory(full), None, trace), full)
+        if not finish.compiles:
+            return shaped_as(finish.flat(memory(full), None, trace), full)
+        out = torch.empty_like(full, dtype=finish.storage)
+        finish.write_flat(array_of(full), None, array_of(out), trace)
+        return out
 
     return run
 
@@ -112,6 +116,8 @@ def prepare_add(call: KernelCall) -> Kernel:
     if isinstance(parse_arithmetic(call.options["arithmetic"]).rule, EngineSum):
         return prepare_engine_sum(call)
     x, y, multiplier_x, multiplier_y, shift = call.args[:5]
+    if isinstance(y, torch.Tensor):
+        return _with_constant(call, y)
     x, y = _codes(x), _codes(y)
     _constants(multiplier_x, multiplier_y, shift)
     zeros = call.options.get("x_zero", 0), call.options.get("y_zero", 0)
@@ -123,6 +129,15 @@ def prepare_add(call: KernelCall) -> Kernel:
     swapped = Finish(call.options, terms[::-1], shift, accumulates=False)
     constants = [value for value in (multiplier_x, multiplier_y, shift) if value is not None]
     return _pairs(finish, swapped, all(value.dim() == 0 for value in constants))
+
+
+def _with_constant(call: KernelCall, y: torch.Tensor) -> Kernel:
+    """A sum whose second operand is a constant, as an operand of known bounds."""
+    if not y.numel():
+        raise NoFastForm("the constant is empty")
+    known = Operand(y.dtype, tuple(y.shape), int(y.min()), int(y.max()), y.device)
+    run = prepare_add(KernelCall(call.operator, (call.args[0], known, *call.args[2:]), call.options))
+    return lambda x, trace=None: run(x, y, trace=trace)
 
 
 def prepare_mul(call: KernelCall) -> Kernel:
@@ -151,6 +166,10 @@ def _pairs(finish: Finish, swapped: Finish, one_factor: bool) -> Kernel:
             other = dense(y)
             if full.stride() != other.stride():
                 full, other = full.contiguous(), other.contiguous()
+            if finish.compiles:
+                out = torch.empty_like(full, dtype=finish.storage)
+                finish.write_flat(array_of(full), array_of(other), array_of(out), trace)
+                return out
             return shaped_as(finish.flat(memory(full), memory(other), trace), full)
         if y.numel() > x.numel():
             return _against_rows(swapped, y, x, trace)
@@ -164,6 +183,11 @@ def _against_rows(finish: Finish, x: torch.Tensor, y: torch.Tensor, trace: Kerne
     shape, rank = x.shape, x.dim()
     if 0 < y.dim() <= rank and x.numel():
         tall = (1,) * (rank - y.dim()) + tuple(y.shape)
+        if finish.compiles and tall[-1] == 1 and tall[:-1] == shape[:-1]:
+            out = torch.empty(shape, dtype=finish.storage)
+            rows, column, codes = (full.contiguous().numpy().reshape(-1, full.shape[-1]) for full in (x, y, out))
+            finish.write(rows, column, codes, trace)
+            return out
         if tall[-1] == 1 and tall[:-1] == shape[:-1]:
             return finish.rows(x.reshape(-1, shape[-1]), y.reshape(-1, 1), trace).view(shape)
         # The same block for every sample: y's dimensions are 1, then those of x.
@@ -278,10 +302,24 @@ def _by_code(source: QType, function: Callable[[torch.Tensor], torch.Tensor]) ->
     entries = function(torch.arange(source.qmin, source.qmax + 1)).roll(source.qmin)
     unsigned = torch.uint8 if source.bits == 8 else torch.uint16
     pairs = _pairs_of(entries) if source.bits == 8 and entries.element_size() <= 4 else None
+    if loops() is not None and entries.device.type == "cpu":
+        return _compiled_lookup(np.uint8 if source.bits == 8 else np.uint16, entries)
 
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         full = dense(x)
         return shaped_as(_looked_up(memory(full), unsigned, entries, pairs), full)
+
+    return run
+
+
+def _compiled_lookup(kind: Any, entries: torch.Tensor) -> Kernel:
+    table = entries.numpy()
+
+    def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
+        full = dense(x)
+        out = torch.empty_like(full, dtype=entries.dtype)
+        loops().look_up(array_of(full).view(kind), table, array_of(out))
+        return out
 
     return run
 
@@ -296,11 +334,6 @@ def _pairs_of(entries: torch.Tensor) -> torch.Tensor:
 def _looked_up(
     codes: torch.Tensor, unsigned: torch.dtype, entries: torch.Tensor, pairs: torch.Tensor | None
 ) -> torch.Tensor:
-    if loops() is not None and codes.device.type == "cpu":
-        out = torch.empty(codes.shape, dtype=entries.dtype)
-        kind = np.uint8 if unsigned is torch.uint8 else np.uint16
-        loops().look_up(codes.numpy().view(kind), entries.numpy(), out.numpy())
-        return out
     if pairs is not None and codes.numel() % 2 == 0 and codes.storage_offset() % 2 == 0:
         index = codes.view(torch.uint16).to(torch.int32)
         return pairs.index_select(0, index).view(entries.dtype)

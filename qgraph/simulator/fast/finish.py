@@ -12,8 +12,10 @@ Each way exists compiled (numba, arrays of rows) and as torch operators (any sha
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from qgraph.numerics import (
@@ -33,9 +35,10 @@ from qgraph.numerics import (
 )
 from qgraph.numerics.engines import EngineRule
 from qgraph.numerics.rounding import round_float
-from qgraph.simulator.fast.columns import Loop, bound_loop
+from qgraph.simulator.fast.columns import Loop, bound_loop, rescaling
 from qgraph.simulator.fast.exact import DOUBLE, exact_in_double, largest
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.steps import Rescaling
 from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import NoFastForm
 from qgraph.simulator.trace import KernelTrace
@@ -79,6 +82,7 @@ class Finish:
         word: Arithmetic = parse_arithmetic(options["arithmetic"])
         self.qtype: QType = parse_qtype(options["format"])
         self.low, self.high, self.zero = int(options["low"]), int(options["high"]), int(options.get("zero", 0))
+        self.storage = self.qtype.storage
         self.terms, self.offset, self.factors, self.real_bias = terms, offset, factors, real_bias
         self.is_sum = len(terms) > 1 or offset is not None
         self.rule, self.shift, self.engine = self._rule(word.rule, shift)
@@ -97,6 +101,9 @@ class Finish:
         general = self.engine is None and (even or self.rule.form is not ScaleForm.FLOAT)
         self.compiles = on_cpu and general and loops() is not None
         self.loops: dict[tuple[int, bool], Loop] = {}
+        constants = (*(value for term in terms for value in (term.multiplier, term.start)), shift, offset)
+        self.uniform = all(value is None or value.numel() == 1 for value in constants)
+        self.found: dict[int, Rescaling | None] = {}
 
     def _rule(
         self, rule: Rule, shift: torch.Tensor | None
@@ -142,21 +149,56 @@ class Finish:
 
     def rows(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of contiguous `a` `[rows, columns]`; factors lie along the columns; `b` may have one row or column."""
-        return self._bounded(self._rows, a, b, trace)
+        if not self.compiles:
+            return self._bounded(self._rows, a, b, trace)
+        out = torch.empty(a.shape, dtype=self.storage)
+        self.write(a.numpy(), None if b is None else b.numpy(), out.numpy(), trace)
+        return out
 
-    def fill(self, a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
+    def fill(
+        self, a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor, trace: KernelTrace | None = None
+    ) -> None:
         """As `rows`, into `out`; for the parts of a larger result."""
         if self.compiles:
-            self.loop(a.shape[1], False)(a.numpy(), None if b is None else b.numpy(), out.numpy())
+            self.write(a.numpy(), None if b is None else b.numpy(), out.numpy(), trace)
         else:
-            out.copy_(self._any(a, b, False))
+            out.copy_(self._bounded(self._any, a, b, trace))
+
+    def write(self, a: Any, b: Any, out: Any, trace: KernelTrace | None = None) -> None:
+        """As `fill`, numpy arrays; only where it compiles."""
+        if trace is None:
+            self.loop(a.shape[1], False)(a, b, out)
+            return
+        fused = None if b is not None else self.fused(a.shape[1])
+        if fused is not None:
+            trace.saturated += fused.count(a, out)
+            return
+        wide = np.empty(a.shape, np.int16 if self.qtype.bits <= 8 else np.int32)
+        self.loop(a.shape[1], True)(a, b, wide)
+        trace.saturated += loops().bound(wide.reshape(-1), self.low, self.high, out.reshape(-1))
+
+    def write_flat(self, a: Any, b: Any, out: Any, trace: KernelTrace | None = None) -> None:
+        """As `write` for arrays `[n]` with one factor for all: blocks of columns, and a rest if there must be."""
+        size = a.size
+        width = _width(size)
+        head = size - size % width
+        for part, columns in ((slice(0, head), width), (slice(head, size), size - head)):
+            if columns:
+                shape = (-1, columns)
+                self.write(
+                    a[part].reshape(shape),
+                    None if b is None else b[part].reshape(shape),
+                    out[part].reshape(shape),
+                    trace,
+                )
 
     def flat(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of contiguous `a` `[n]` (and `b` `[n]`) with one factor for all."""
-        size = a.numel()
-        if not self.compiles or size <= _COLUMNS:
+        if not self.compiles:
             return self.rows(a.reshape(1, -1), None if b is None else b.reshape(1, -1), trace).reshape(-1)
-        return self._bounded(self._flat, a, b, trace)
+        out = torch.empty(a.shape, dtype=self.storage)
+        self.write_flat(a.numpy(), None if b is None else b.numpy(), out.numpy(), trace)
+        return out
 
     def any(self, a: torch.Tensor, b: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         """Codes of `a` and `b` of any shapes that broadcast with the factors."""
@@ -169,10 +211,6 @@ class Finish:
             result: torch.Tensor = compute(a, b, False)
             return result
         wide: torch.Tensor = compute(a, b, True)
-        if self.compiles and wide.is_contiguous():
-            out = torch.empty(wide.shape, dtype=self.qtype.storage)
-            trace.saturated += loops().bound(wide.view(-1).numpy(), self.low, self.high, out.view(-1).numpy())
-            return out
         bounded = wide.clamp(self.low, self.high)
         trace.saturated += int(torch.count_nonzero(wide != bounded))
         return bounded.to(self.qtype.storage)
@@ -193,14 +231,22 @@ class Finish:
         """The compiled loop for so many columns, with its constants."""
         found = self.loops.get((columns, wide))
         if found is None:
-            found = self.loops[columns, wide] = bound_loop(self, columns, wide)
+            fused = None if wide else self.fused(columns)
+            found = bound_loop(self, columns, wide) if fused is None else fused.fill
+            self.loops[columns, wide] = found
         return found
 
+    def fused(self, columns: int) -> Rescaling | None:
+        """The fused form for so many columns, if there is one."""
+        if columns not in self.found:
+            if self.uniform and columns != 1:
+                one = self.fused(1)
+                self.found[columns] = None if one is None else one.spread(columns)
+            else:
+                self.found[columns] = rescaling(self, columns) if self.compiles else None
+        return self.found[columns]
+
     def _rows(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
-        if self.compiles:
-            out = torch.empty(a.shape, dtype=self.limits(wide)[2])
-            self.loop(a.shape[1], wide)(a.numpy(), None if b is None else b.numpy(), out.numpy())
-            return out
         if a.numel() <= _CHUNK or a.shape[0] == 1:
             return self._any(a, b, wide)
         out = torch.empty(a.shape, dtype=self.limits(wide)[2], device=a.device)
@@ -209,16 +255,6 @@ class Finish:
             part = slice(first, first + height)
             other = b if b is None or b.shape[0] == 1 else b[part]
             out[part] = self._any(a[part], other, wide)
-        return out
-
-    def _flat(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
-        """Blocks of columns, and a rest."""
-        size, out = a.numel(), torch.empty(a.shape, dtype=self.limits(wide)[2])
-        head = size - size % _COLUMNS
-        for part, width in ((slice(0, head), _COLUMNS), (slice(head, size), size - head)):
-            if width:
-                first, second = (None if t is None else t[part].view(-1, width).numpy() for t in (a, b))
-                self.loop(width, wide)(first, second, out[part].view(-1, width).numpy())
         return out
 
     # --- torch operators --------------------------------------------------------------------------------------------
@@ -287,6 +323,14 @@ class Finish:
         else:
             scaled = self.rule.apply(wide[0], Factor(self.terms[0].multiplier, self.shift))
         return _stored(scaled, low, high, self.zero, storage)
+
+
+@lru_cache(maxsize=256)
+def _width(size: int) -> int:
+    """Columns into which a flat array is cut: a divisor, so that there is no rest, or `_COLUMNS` where none is good."""
+    if size <= 2 * _COLUMNS:
+        return max(size, 1)
+    return next((width for width in range(2 * _COLUMNS, _COLUMNS // 8, -1) if size % width == 0), _COLUMNS)
 
 
 def general_form(

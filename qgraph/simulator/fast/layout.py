@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from qgraph.numerics import qint8
@@ -32,6 +34,17 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 def memory(x: torch.Tensor) -> torch.Tensor:
     """The elements of a dense tensor in the order of memory, `[n]`."""
     return x.as_strided((x.numel(),), (1,))
+
+
+def array_of(x: torch.Tensor) -> Any:
+    """As `memory`, a numpy array: torch takes ten times as long to make a view."""
+    array = x.numpy()
+    return (array if x.is_contiguous() else array.transpose(0, 2, 3, 1)).reshape(-1)
+
+
+def array_of_rows(x: torch.Tensor) -> Any:
+    """As `rows_of`, a numpy array that shares the memory of a channels_last `x`."""
+    return x.numpy().transpose(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def shaped_as(flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

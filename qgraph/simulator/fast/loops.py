@@ -11,13 +11,13 @@ from functools import lru_cache
 from typing import Any
 
 
-@lru_cache(maxsize=1)
-def loops() -> Any:
-    """The module of compiled loops, None without numba; imported when first asked for, because numba is large."""
+@lru_cache
+def loops(name: str = "compiled") -> Any:
+    """A module of compiled loops, None without numba; imported when first asked for, because numba is large."""
     if os.environ.get("QGRAPH_NUMBA") == "0":
         return None
     try:
-        return importlib.import_module("qgraph.simulator.fast.compiled")
+        return importlib.import_module(f"qgraph.simulator.fast.{name}")
     except ModuleNotFoundError as missing:
         if missing.name != "numba":
             raise

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from qgraph.numerics import Overflow, RequantizeRule, parse_arithmetic, parse_qtype, qint32, sees_input
 from qgraph.simulator.fast.exact import DOUBLE, SINGLE, product_bound
 from qgraph.simulator.fast.finish import Finish
-from qgraph.simulator.fast.layout import channels_last, image_of, rows_of
+from qgraph.simulator.fast.layout import array_of_rows, channels_last, image_of, rows_of
 from qgraph.simulator.fast.sums import (
     TILE,
     Matrix,
@@ -55,6 +55,12 @@ def prepare_conv(call: KernelCall) -> Kernel:
 
     def part(values: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
         total = sums(values)
+        if end.compiles:
+            n, c, h, w = total.shape
+            out = torch.empty(n, h, w, c, dtype=end.storage)
+            third = None if other is None else array_of_rows(channels_last(other))
+            end.write(array_of_rows(channels_last(total)), third, out.numpy().reshape(-1, c), trace)
+            return out.permute(0, 3, 1, 2)
         second = None if other is None else rows_of(channels_last(other))
         return image_of(end.rows(rows_of(total), second, trace), total.shape)
 
@@ -103,9 +109,15 @@ def _pointwise(call: KernelCall, x: Operand, weight: torch.Tensor, bias: torch.T
     def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         picked = values if down == across == 1 else values[:, :, ::down, ::across]
         image = channels_last(picked)
-        second = None if other is None else rows_of(channels_last(other))
-        shape = torch.Size((image.shape[0], weight.shape[0], *image.shape[2:]))
-        return image_of(end.tiled(matrix, rows_of(image), second, trace), shape)
+        n, c, h, w = image.shape
+        rows = image.as_strided((n * h * w, c), (c, 1))
+        if end.compiles:
+            out = torch.empty(n, h, w, weight.shape[0], dtype=end.storage)
+            second = None if other is None else array_of_rows(channels_last(other))
+            end.write_products(matrix, rows, second, out.numpy().reshape(-1, weight.shape[0]), trace)
+            return out.permute(0, 3, 1, 2)
+        third = None if other is None else rows_of(channels_last(other))
+        return image_of(end.tiled(matrix, rows, third, trace), torch.Size((n, weight.shape[0], h, w)))
 
     return run
 
@@ -164,6 +176,11 @@ def prepare_linear(call: KernelCall) -> Kernel:
 
     def run(values: torch.Tensor, other: torch.Tensor | None = None, trace: KernelTrace | None = None) -> torch.Tensor:
         rows = values.reshape(-1, values.shape[-1])
+        if matrix is not None and end.compiles:
+            out = torch.empty(*values.shape[:-1], size, dtype=end.storage)
+            third = None if other is None else other.contiguous().numpy().reshape(-1, size)
+            end.write_products(matrix, rows.contiguous(), third, out.numpy().reshape(-1, size), trace)
+            return out
         second = None if other is None else other.reshape(-1, size)
         if matrix is not None:
             codes = end.tiled(matrix, rows.contiguous(), second, trace)
@@ -212,18 +229,24 @@ def _batched(x: torch.Tensor, y: torch.Tensor, end: _End, trace: KernelTrace | N
     if batch != y.shape[:-2]:
         batch = torch.broadcast_shapes(batch, y.shape[:-2])
         x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-    left, right = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
+    left, right = x.reshape(-1, *x.shape[-2:]).contiguous(), _ordered(y.reshape(-1, *y.shape[-2:]))
     result = torch.empty(*batch, n, m, dtype=end.storage)
-    sums = scratch(n * m).view(n, m)
+    sums, array = scratch(n, m)
+    if end.compiles:
+        codes = result.numpy().reshape(-1, n, m)
+        for number, (a, b) in enumerate(zip(left.unbind(0), right.unbind(0), strict=True)):
+            multiplied(a, b, sums)
+            end.write(array, None, codes[number], trace)
+        return result
     for a, b, out in zip(left.unbind(0), right.unbind(0), result.view(-1, n, m).unbind(0), strict=True):
-        end.fill(multiplied(a.contiguous(), _ordered(b), sums), out, trace)
+        end.fill(multiplied(a, b, sums), out, trace)
     return result
 
 
 def _ordered(y: torch.Tensor) -> torch.Tensor:
-    """A matrix stored by rows or by columns."""
-    if y.stride(0) == 1:
-        return y.t().contiguous().t()
+    """Matrices stored by rows or by columns."""
+    if y.stride(1) == 1:
+        return y.transpose(1, 2).contiguous().transpose(1, 2)
     return y.contiguous()
 
 
@@ -263,6 +286,16 @@ class _End:
         real_bias = bias if bias is not None and bias.is_floating_point() else None
         self.finish = Finish(options, terms, shift, real_bias=real_bias, accumulates=not self.wraps)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether `write` may be used."""
+        return self.finish is not None and self.finish.compiles and not self.wraps
+
+    def write(self, sums: Any, other: Any, out: Any, trace: KernelTrace | None) -> None:
+        """Codes of sums `[rows, columns]` into `out`, numpy arrays."""
+        assert self.finish is not None
+        self.finish.write(sums, other, out, trace)
+
     def rows(self, sums: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None) -> torch.Tensor:
         """Codes of sums `[rows, columns]`."""
         if self.wraps:
@@ -278,10 +311,10 @@ class _End:
 
     def fill(self, sums: torch.Tensor, out: torch.Tensor, trace: KernelTrace | None) -> None:
         """Codes of sums `[rows, columns]` into `out`."""
-        if self.finish is None or trace is not None:
+        if self.finish is None or self.wraps:
             out.copy_(self.rows(sums, None, trace))
         else:
-            self.finish.fill(sums, None, out)
+            self.finish.fill(sums, None, out, trace)
 
     def tiled(
         self, matrix: Matrix, x: torch.Tensor, other: torch.Tensor | None, trace: KernelTrace | None
@@ -289,18 +322,21 @@ class _End:
         """Codes of the products of `x` `[rows, in]`."""
         size = matrix.packed.shape[1]
         out = torch.empty(x.shape[0], size, dtype=self.storage)
-        if trace is None and self.finish is not None and x.shape[0] * size <= TILE:
-            self.finish.fill(matrix.all(x), other, out)
+        if self.compiles:
+            self.write_products(matrix, x, None if other is None else other.numpy(), out.numpy(), trace)
             return out
-        for part, sums in matrix.tiles(x):
+        for part, (sums, _) in matrix.tiles(x):
             second = None if other is None else other[part]
             if self.finish is None:
                 out[part] = self._raw(sums)
-            elif trace is None:
-                self.finish.fill(sums, second, out[part])
             else:
-                out[part] = self.finish.rows(sums, second, trace)
+                self.finish.fill(sums, second, out[part], trace)
         return out
+
+    def write_products(self, matrix: Matrix, x: torch.Tensor, other: Any, out: Any, trace: KernelTrace | None) -> None:
+        """As `tiled`, into `out`; that and `other` are numpy arrays of rows."""
+        for part, (_, sums) in matrix.tiles(x):
+            self.write(sums, None if other is None else other[part], out[part], trace)
 
     def flat(self, sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
         """Codes of sums of any shape, with one multiplier."""

@@ -227,31 +227,36 @@ class Matrix:
     def __init__(self, weight: torch.Tensor, start: torch.Tensor | None) -> None:
         self.packed, self.start = weight.contiguous().t(), start
 
-    def all(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums of all of `x`, in memory that is used again."""
-        rows, columns = x.shape[0], self.packed.shape[1]
-        return multiplied(x, self.packed, scratch(rows * columns).view(rows, columns))
-
-    def tiles(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    def tiles(self, x: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, Any]]]:
         """Sums of contiguous `x` `[rows, in]`, some rows at a time, in memory that is used again."""
-        columns = self.packed.shape[1]
+        rows, columns = x.shape[0], self.packed.shape[1]
         height = max(TILE // max(columns, 1), 1)
-        for first in range(0, x.shape[0], height):
-            part = slice(first, min(first + height, x.shape[0]))
-            rows = part.stop - first
-            yield part, multiplied(x[part], self.packed, scratch(rows * columns).view(rows, columns))
+        for first in range(0, rows, height):
+            part = slice(first, min(first + height, rows))
+            held = scratch(part.stop - first, columns)
+            multiplied(x if rows <= height else x[part], self.packed, held[0])
+            yield part, held
 
 
 TILE = 1 << 17  # sums that stay in a core's cache until they are rescaled
+_KEPT = 32  # shapes
 _LOCAL = threading.local()
 
 
-def scratch(count: int) -> torch.Tensor:
-    """`count` int32 numbers, the same memory at every call of a thread: fresh memory costs more than the sums in it."""
-    held: torch.Tensor | None = getattr(_LOCAL, "memory", None)
-    if held is None or held.numel() < count:
-        held = _LOCAL.memory = torch.empty(max(count, TILE), dtype=torch.int32)
-    return held[:count]
+def scratch(rows: int, columns: int) -> tuple[torch.Tensor, Any]:
+    """int32 `[rows, columns]` as a tensor and an array, the same memory at every call of a thread: fresh memory costs
+    more than the sums in it, and views cost more than remembering them.
+    """
+    memory: torch.Tensor | None = getattr(_LOCAL, "memory", None)
+    if memory is None or memory.numel() < rows * columns or len(_LOCAL.views) > _KEPT:
+        size = max(rows * columns, TILE if memory is None else memory.numel())
+        memory = _LOCAL.memory = torch.empty(size, dtype=torch.int32)
+        _LOCAL.views = {}
+    held: tuple[torch.Tensor, Any] | None = _LOCAL.views.get((rows, columns))
+    if held is None:
+        view = memory[: rows * columns].view(rows, columns)
+        held = _LOCAL.views[rows, columns] = view, view.numpy()
+    return held
 
 
 def matrix_of(x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, zero: int) -> Matrix | None:

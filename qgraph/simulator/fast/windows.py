@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from qgraph.numerics import qint32
@@ -138,7 +139,14 @@ def prepare_reduce_sum(call: KernelCall) -> Kernel:
     def run(x: torch.Tensor, trace: KernelTrace | None = None) -> torch.Tensor:
         trailing = sorted(dim % x.dim() for dim in dims) == list(range(x.dim() - len(dims), x.dim()))
         if dims and trailing and _compiles(x, wide):
-            return _ended(finish, _row_sums(x, len(dims), keepdim, zero), trace)
+            kept = x.shape[: x.dim() - len(dims)]
+            sums = _row_sums(x, kept.numel(), zero)
+            shape = (*kept, *[1] * len(dims)) if keepdim else tuple(kept)
+            if not finish.compiles or not finish.uniform:
+                return _ended(finish, torch.from_numpy(sums).view(shape), trace)
+            out = torch.empty(shape, dtype=finish.storage)
+            finish.write_flat(sums, None, out.numpy().reshape(-1), trace)
+            return out
         codes = _counted(x, zero, wide)
         sums = codes.sum(dim=dims, keepdim=keepdim, dtype=wide) if dims else codes
         return _ended(finish, sums, trace)
@@ -150,12 +158,11 @@ def _compiles(x: torch.Tensor, wide: torch.dtype) -> bool:
     return x.device.type == "cpu" and wide is not torch.int64 and x.numel() > 0 and loops() is not None
 
 
-def _row_sums(x: torch.Tensor, last: int, keepdim: bool, zero: int) -> torch.Tensor:
-    """int32 sums over so many of the last dimensions."""
-    rows = x.flatten(x.dim() - last).contiguous()
-    out = torch.empty(rows.shape[:-1], dtype=torch.int32)
-    loops().row_sums(rows.view(-1, rows.shape[-1]).numpy(), -zero * rows.shape[-1], out.view(-1).numpy())
-    return out.view(*out.shape, *[1] * last) if keepdim else out
+def _row_sums(x: torch.Tensor, rows: int, zero: int) -> Any:
+    """int32 sums of contiguous parts of so many."""
+    codes, out = x.contiguous().numpy().reshape(rows, -1), np.empty(rows, np.int32)
+    loops("compiled_rows").row_sums(codes, np.int32(-zero * codes.shape[1]), out)
+    return out
 
 
 def prepare_resize_bilinear(call: KernelCall) -> Kernel:
@@ -206,6 +213,8 @@ def _counted(x: torch.Tensor, zero: int, wide: torch.dtype) -> torch.Tensor:
 def _ended(finish: Finish, sums: torch.Tensor, trace: KernelTrace | None) -> torch.Tensor:
     if finish.terms[0].multiplier.dim() or (finish.shift is not None and finish.shift.dim()):
         return finish.any(sums, None, trace)
+    if sums.is_contiguous():
+        return finish.flat(sums.view(-1), None, trace).view(sums.shape)
     full = dense(sums)
     return shaped_as(finish.flat(memory(full), None, trace), full)
 
