@@ -14,7 +14,7 @@ float64): there floats are whole numbers, so that the sum is rounded as is wante
 two's complement. What lies beyond 2**22 stays beyond, and is bounded before the bits are read.
 """
 
-# mypy: disable-error-code="call-arg, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return, unreachable"
+# mypy: disable-error-code="call-arg, var-annotated, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return, unreachable"
 from __future__ import annotations
 
 from collections.abc import Callable
