@@ -36,6 +36,9 @@ def _scale(finish: Finish, columns: int, low: int, high: int) -> Loop:
     f32 = (np.float32(low), np.float32(high), np.int32(zero))
     if finish.way == "f32":
         m = _spread(term.multiplier, columns).astype(np.float32)
+        if term.bound + largest(term.start) + abs(term.zero) <= SINGLE:
+            moved = start.astype(np.float32)
+            return lambda a, b, out: compiled.scale_single(a, moved, m, *f32, out)
         starts = _starts(start)
         return lambda a, b, out: compiled.scale_f32(a, starts[a.dtype == np.float32], m, *f32, out)
     first, second = _roundings(finish, columns)

@@ -14,7 +14,8 @@ float64): there floats are whole numbers, so that the sum is rounded as is wante
 two's complement. What lies beyond 2**22 stays beyond, and is bounded before the bits are read.
 """
 
-# mypy: disable-error-code="call-arg, var-annotated, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return, unreachable"
+# mypy: disable-error-code="call-arg, var-annotated, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
+# mypy: disable-error-code="unreachable"
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -62,6 +63,16 @@ def _bits(context, x):
 _SINGLE_BITS = 32
 _TO_WHOLE, _TO_WHOLE_64 = np.float32(3 << 22), np.float64(3 << 51)
 _WHOLE_BITS = np.int32(_TO_WHOLE.view(np.int32))
+
+
+@_compiled
+def scale_single(a, start, m, low, high, zero, out):
+    """`rint(fl((a + start) * m))`, the float rule, where `a`, `start` and their sum are exact in float32."""
+    low, high, base = low + _TO_WHOLE, high + _TO_WHOLE, zero - _WHOLE_BITS
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            t = (np.float32(a[i, j]) + start[j]) * m[j] + _TO_WHOLE
+            out[i, j] = _bits(min(max(t, low), high)) + base
 
 
 @_compiled

@@ -242,7 +242,7 @@ class Matrix:
             yield part, multiplied(x[part], self.packed, scratch(rows * columns).view(rows, columns))
 
 
-TILE = 1 << 17  # sums that stay in a core's cache until they are rescaled
+TILE = 1 << 19  # sums that stay in a cache until they are rescaled
 _LOCAL = threading.local()
 
 
