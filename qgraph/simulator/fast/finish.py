@@ -3,7 +3,8 @@
 A `Finish` knows the rule, the factors and bounds of its terms, and chooses once how to compute:
 
     f32   the float rule, as it is defined
-    f64   multipliers times `2**-shift` in float64, where products and sums have at most 53 bits
+    f64   multipliers times `2**-shift` in float64, where products and sums have at most 53 bits; a single product whose
+          factors have 24 bits is rounded once by a fused float32 operation instead
     int   64-bit integers
     engine  an engine's own rule, as it is defined, where no general one is the same
 
