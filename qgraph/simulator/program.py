@@ -22,6 +22,8 @@ from qgraph.simulator.trace import KernelTrace
 
 Values = list[Any]
 Load = Callable[[Values], Any]
+# Operators whose bounds may take in those of a clamp behind them; they hold no weights, which would be packed twice.
+_BOUNDED = ("add", "mul", "requantize")
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Program:
         functions: what to call in place of other functions.
 
     Attributes:
+        steps: one per node, for runs that watch sites.
+        joined: the same for runs that do not: a clamp is part of the step before it.
         fallbacks: site to the reason why its prepared kernel was not used.
     """
 
@@ -82,11 +86,12 @@ class Program:
                 run = None if node.op == "placeholder" else self._compiled(node, kernels.get(node))
                 site = info(node).site if is_site(node) else None
                 self.steps.append(Step(node, site, self.slots[node], run, frees, node in kernels))
+        self.joined = self._joined(kernels)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the graph returns, nothing else."""
         values = self.start(args, kwargs)
-        for step in self.steps:
+        for step in self.joined:
             if step.run is not None:
                 try:
                     values[step.slot] = step.run(values, None)
@@ -120,11 +125,33 @@ class Program:
                 wanted = plain
         return self._plain(node, wanted)
 
-    def _prepared(self, node: fx.Node, kernel: PreparedKernel) -> Callable[[Values, KernelTrace | None], Any]:
+    def _joined(self, kernels: Mapping[fx.Node, tuple[Kernel | PreparedKernel, Kernel | None]]) -> list[Step]:
+        """The steps, where a clamp of a value that nobody else reads bounds the operator that computes the value."""
+        steps = {step.node: step for step in self.steps}
+        for clamp in list(steps):
+            source = clamp.args[0] if integer_name(clamp.target) == "clamp" else None
+            if not isinstance(source, fx.Node) or integer_name(source.target) not in _BOUNDED or len(source.users) > 1:
+                continue
+            kernel, bounds = kernels[source][0], _both_bounds(source, clamp)
+            if bounds is None or not isinstance(kernel, PreparedKernel):
+                continue
+            try:
+                run = self._prepared(source, kernel, bounds)
+            except NoFastForm:
+                continue
+            first, second = steps[source], steps.pop(clamp)
+            frees = first.frees + tuple(slot for slot in second.frees if slot != first.slot)
+            steps[source] = Step(source, second.site, second.slot, run, frees, first.counts)
+        return list(steps.values())
+
+    def _prepared(
+        self, node: fx.Node, kernel: PreparedKernel, bounds: Mapping[str, int] | None = None
+    ) -> Callable[[Values, KernelTrace | None], Any]:
+        """The step of a prepared kernel, within other bounds than its own if such are given."""
         if isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr":
             raise NoFastForm("its first operand is a constant")
         args = tuple(self._known(argument) for argument in node.args)
-        call = KernelCall(integer_name(node.target) or "", args, dict(node.kwargs))
+        call = KernelCall(integer_name(node.target) or "", args, {**node.kwargs, **(bounds or {})})
         run = kernel.prepare(call)
         computed = [self.slots[a] for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
         if len(computed) == 1:
@@ -166,6 +193,15 @@ class Program:
         function: Any = submodule_at(self.gm, str(node.target)) if node.op == "call_module" else node.target
         function = self.functions.get(function, function) if node.op == "call_function" else function
         return lambda values, trace: function(*load(values), **options(values))
+
+
+def _both_bounds(source: fx.Node, clamp: fx.Node) -> dict[str, int] | None:
+    """Bounds that do what those of `source` and then those of `clamp` do; None if there are none."""
+    own, other = source.kwargs, clamp.kwargs
+    if own["format"] != other["format"]:
+        return None
+    low, high = max(own["low"], other["low"]), min(own["high"], other["high"])  # type: ignore[type-var]
+    return {"low": low, "high": high} if low <= high else None  # type: ignore[dict-item, operator]
 
 
 def _loader(value: Any, slots: Mapping[fx.Node, int]) -> Load:

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from torch import fx
 
+from qgraph.ir.integer import integer_name
+from qgraph.ir.node_info import info
 from qgraph.quantization import calibrate, convert, get_qconfig, prepare
 from qgraph.simulator import KERNEL_SETS, Simulator
 from qgraph.simulator.kernel import NoFastForm, PreparedKernel
@@ -125,3 +127,28 @@ def test_a_cpu_whose_8_bit_sums_saturate() -> None:
     assert done.returncode == 0, done.stderr
     assert "dense" not in done.stdout
     assert "matrix" not in done.stdout
+
+
+class Clamped(torch.nn.Module):
+    """A relu behind a sum that nobody else reads, and one behind a sum that is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.first(x) + x)
+        z = self.second(y) + y
+        return torch.relu(z) * z
+
+
+def test_a_clamp_joins_the_sum_before_it() -> None:
+    torch.manual_seed(0)
+    integer = integer_of(Clamped(), image(4), "onnxruntime")
+    program = Simulator(integer)._program
+    joined = {step.site for step in program.steps} - {step.site for step in program.joined}
+    sums = [node for node in integer.graph.nodes if integer_name(node.target) == "add"]
+    clamps = [node for node in integer.graph.nodes if integer_name(node.target) == "clamp"]
+    assert (len(sums), len(clamps)) == (2, 2)
+    assert joined == {info(sums[0]).site}, "the second sum is read twice"
+    check_alike(integer, image(3) * 3)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # (first operand, second or None, result), arrays of rows
 Loop: TypeAlias = Callable[[Any, Any, Any], None]
 _HIGH_BITS = 31
-_WHOLE = 1 << 22  # the products that `rescale_exactly` rounds
+_WHOLE = 1 << 22  # products `rescale_exactly` rounds to whole numbers; those beyond stay beyond all bounds
 
 
 def bound_loop(finish: Finish, columns: int, wide: bool) -> Loop:
@@ -44,7 +44,7 @@ def rescaling(finish: Finish, columns: int) -> Rescaling | None:
     start = _spread(term.start, columns).astype(np.int64) - term.zero
     small = max(term.bound, largest(term.start) + abs(term.zero)) <= SINGLE
     single = finish.way == "f64" and finish.rule.rounding is Rounding.HALF_EVEN and largest(term.multiplier) <= SINGLE
-    if small and single and term.bound * np.abs(scale).max(initial=0) < _WHOLE:
+    if small and single and max(map(abs, seen)) < _WHOLE:
         factors = start.astype(np.float32), scale.astype(np.float32)
         return Rescaling("rescale_exactly", factors, bounds, seen, finish.zero)
     found = fitted(_scale(finish, columns, *seen, 0), scale, start, term.bound, *seen)
@@ -57,6 +57,9 @@ def _scale(finish: Finish, columns: int, low: int, high: int, zero: int) -> Loop
     f32 = (np.float32(low), np.float32(high), np.int32(zero))
     if finish.way == "f32":
         m = _spread(term.multiplier, columns).astype(np.float32)
+        if term.bound + largest(term.start) + abs(term.zero) <= SINGLE:
+            moved = start.astype(np.float32)
+            return lambda a, b, out: compiled.scale_single(a, moved, m, *f32, out)
         starts = _starts(start)
         return lambda a, b, out: compiled.scale_f32(a, starts[a.dtype == np.float32], m, *f32, out)
     first, second = _roundings(finish, columns)

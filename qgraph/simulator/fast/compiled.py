@@ -9,10 +9,13 @@ loops work in 64 bits and know every rounding as one formula,
     half_even  add = half - 1, even = 1         half_up    add = half
     half_away  add = half, away = -1            floor      nothing
 
-with `half = 2**(shift - 1)`; shift 0 rounds nothing. Float loops round half to even.
+with `half = 2**(shift - 1)`; shift 0 rounds nothing. Float loops round half to even by adding 1.5 * 2**23 (2**52 in
+float64): there floats are whole numbers, so that the sum is rounded as is wanted, and its low bits are the result in
+two's complement. What lies beyond 2**22 stays beyond, and is bounded before the bits are read.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return, unreachable"
+# mypy: disable-error-code="call-arg, var-annotated, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
+# mypy: disable-error-code="unreachable"
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -36,32 +39,60 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True)(function)
 
 
-@_compiled
-def scale_f32(a, start, m, low, high, zero, out):
-    """`rint(fl(float32(a + start) * m))`, the float rule; integers are added before they are rounded."""
-    for i in range(a.shape[0]):
-        for j in range(a.shape[1]):
-            t = np.rint(np.float32(a[i, j] + start[j]) * m[j])
-            out[i, j] = np.int32(min(max(t, low), high)) + zero
-
-
 @intrinsic
 def _fused(context, x, y, z):
-    """`x * y + z` in float32 with one rounding."""
+    """`x * y + z` with one rounding, all of the kind of `x`."""
 
     def generate(context, builder, signature, arguments):
         return builder.fma(*arguments)
 
-    return types.float32(types.float32, types.float32, types.float32), generate
+    return x(x, x, x), generate
+
+
+@intrinsic
+def _bits(context, x):
+    """The bits of a float as an integer of its width."""
+    result = types.int32 if x.bitwidth == _SINGLE_BITS else types.int64
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(result))
+
+    return result(x), generate
+
+
+_SINGLE_BITS = 32
+_TO_WHOLE, _TO_WHOLE_64 = np.float32(3 << 22), np.float64(3 << 51)
+_WHOLE_BITS = np.int32(_TO_WHOLE.view(np.int32))
+
+
+@_compiled
+def scale_single(a, start, m, low, high, zero, out):
+    """`rint(fl((a + start) * m))`, the float rule, where `a`, `start` and their sum are exact in float32."""
+    low, high, base = low + _TO_WHOLE, high + _TO_WHOLE, zero - _WHOLE_BITS
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            t = (np.float32(a[i, j]) + start[j]) * m[j] + _TO_WHOLE
+            out[i, j] = _bits(min(max(t, low), high)) + base
+
+
+@_compiled
+def scale_f32(a, start, m, low, high, zero, out):
+    """`rint(fl(float32(a + start) * m))`, the float rule; integers are added before they are rounded."""
+    low, high, base = low + _TO_WHOLE, high + _TO_WHOLE, zero - _WHOLE_BITS
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            t = np.float32(a[i, j] + start[j]) * m[j] + _TO_WHOLE
+            out[i, j] = _bits(min(max(t, low), high)) + base
 
 
 @_compiled
 def scale_f64(a, start, m, low, high, zero, out):
     """`rint((a + start) * m)` in float64, for products proven exact."""
+    low, high = low + _TO_WHOLE_64, high + _TO_WHOLE_64
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
-            t = np.rint((np.float64(a[i, j]) + start[j]) * m[j])
-            out[i, j] = np.int32(min(max(t, low), high)) + zero
+            t = (np.float64(a[i, j]) + start[j]) * m[j] + _TO_WHOLE_64
+            out[i, j] = np.int32(_bits(min(max(t, low), high))) + zero
 
 
 @_compiled
@@ -91,33 +122,35 @@ def scale_two(a, start, m, first, second, low, high, zero, out):
 @_compiled
 def sum_f32(a, start, ma, b, b_zero, mb, offset, low, high, zero, out):
     """`rint(fl(fl(fl(float32(a + start) * ma) + fl((b - b_zero) * mb)) + offset))`, the float rule."""
+    low, high, base = low + _TO_WHOLE, high + _TO_WHOLE, zero - _WHOLE_BITS
     for i in range(a.shape[0]):
         k = i if b.shape[0] > 1 else 0
         if b.shape[1] == a.shape[1]:
             for j in range(a.shape[1]):
                 t = np.float32(a[i, j] + start[j]) * ma[j] + (np.float32(b[k, j]) - b_zero) * mb[j]
-                out[i, j] = np.int32(min(max(np.rint(t + offset[j]), low), high)) + zero
+                out[i, j] = _bits(min(max(t + offset[j] + _TO_WHOLE, low), high)) + base
         else:
             one = np.float32(b[k, 0]) - b_zero
             for j in range(a.shape[1]):
                 t = np.float32(a[i, j] + start[j]) * ma[j] + one * mb[j]
-                out[i, j] = np.int32(min(max(np.rint(t + offset[j]), low), high)) + zero
+                out[i, j] = _bits(min(max(t + offset[j] + _TO_WHOLE, low), high)) + base
 
 
 @_compiled
 def sum_f64(a, ma, b, mb, offset, low, high, zero, out):
     """`rint(a * ma + b * mb + offset)` in float64, for sums proven exact."""
+    low, high = low + _TO_WHOLE_64, high + _TO_WHOLE_64
     for i in range(a.shape[0]):
         k = i if b.shape[0] > 1 else 0
         if b.shape[1] == a.shape[1]:
             for j in range(a.shape[1]):
-                t = np.float64(a[i, j]) * ma[j] + np.float64(b[k, j]) * mb[j] + offset[j]
-                out[i, j] = np.int32(min(max(np.rint(t), low), high)) + zero
+                t = _fused(np.float64(a[i, j]), ma[j], _fused(np.float64(b[k, j]), mb[j], offset[j]))
+                out[i, j] = np.int32(_bits(min(max(t + _TO_WHOLE_64, low), high))) + zero
         else:
             one = np.float64(b[k, 0])
             for j in range(a.shape[1]):
-                t = np.float64(a[i, j]) * ma[j] + one * mb[j] + offset[j]
-                out[i, j] = np.int32(min(max(np.rint(t), low), high)) + zero
+                t = _fused(np.float64(a[i, j]), ma[j], _fused(one, mb[j], offset[j]))
+                out[i, j] = np.int32(_bits(min(max(t + _TO_WHOLE_64, low), high))) + zero
 
 
 @_compiled
@@ -138,28 +171,30 @@ def sum_int(a, ma, b, mb, offset, rounding, low, high, zero, out):
 def mul_f32(a, a_zero, b, b_zero, m, low, high, zero, out):
     """`rint(fl(float32((a - a_zero) * (b - b_zero)) * m))`, the float rule; float64 holds the product."""
     wide = b.shape[1] == a.shape[1]
+    low, high, base = low + _TO_WHOLE, high + _TO_WHOLE, zero - _WHOLE_BITS
     for i in range(a.shape[0]):
         k = i if b.shape[0] > 1 else 0
         for j in range(a.shape[1]):
             other = np.float64(b[k, j] if wide else b[k, 0]) - b_zero
-            t = np.rint(np.float32((np.float64(a[i, j]) - a_zero) * other) * m[j])
-            out[i, j] = np.int32(min(max(t, low), high)) + zero
+            t = np.float32((np.float64(a[i, j]) - a_zero) * other) * m[j] + _TO_WHOLE
+            out[i, j] = _bits(min(max(t, low), high)) + base
 
 
 @_compiled
 def mul_f64(a, a_zero, b, b_zero, m, low, high, zero, out):
     """`rint((a - a_zero) * (b - b_zero) * m)` in float64, for products proven exact."""
+    low, high = low + _TO_WHOLE_64, high + _TO_WHOLE_64
     for i in range(a.shape[0]):
         k = i if b.shape[0] > 1 else 0
         if b.shape[1] == a.shape[1]:
             for j in range(a.shape[1]):
                 t = (np.float64(a[i, j]) - a_zero) * (np.float64(b[k, j]) - b_zero)
-                out[i, j] = np.int32(min(max(np.rint(t * m[j]), low), high)) + zero
+                out[i, j] = np.int32(_bits(min(max(t * m[j] + _TO_WHOLE_64, low), high))) + zero
         else:
             one = np.float64(b[k, 0]) - b_zero
             for j in range(a.shape[1]):
                 t = (np.float64(a[i, j]) - a_zero) * one
-                out[i, j] = np.int32(min(max(np.rint(t * m[j]), low), high)) + zero
+                out[i, j] = np.int32(_bits(min(max(t * m[j] + _TO_WHOLE_64, low), high))) + zero
 
 
 @_compiled
@@ -181,9 +216,10 @@ def mul_int(a, a_zero, b, b_zero, m, first, second, low, high, zero, out):
 @_compiled
 def sum_fused(a, b, ratio_a, ratio_b, start, low, high, out):
     """`rint(fma(a, ratio_a, fma(b, ratio_b, start)))` in float32."""
+    low, high = low + _TO_WHOLE, high + _TO_WHOLE
     for i in range(a.shape[0]):
-        t = np.rint(_fused(np.float32(a[i]), ratio_a, _fused(np.float32(b[i]), ratio_b, start)))  # type: ignore[call-arg]
-        out[i] = np.int32(min(max(t, low), high))
+        t = _fused(np.float32(a[i]), ratio_a, _fused(np.float32(b[i]), ratio_b, start)) + _TO_WHOLE
+        out[i] = _bits(min(max(t, low), high)) - _WHOLE_BITS
 
 
 @_compiled

@@ -43,8 +43,8 @@ def rescale_counted(a, m, c, low, high, lowest, highest, zero, out):
 def rescale_exactly(a, start, m, low, high, zero, out):
     """`rint((a + start) * m)`, the exact product rounded once, half to even.
 
-    Beside 3 * 2**22 the neighbours of a float32 number are whole numbers, and its last 16 bits are the code that was
-    added to it. `low` and `high` are moved there, too; they have 16 bits.
+    Within 2**22 of 3 * 2**22 the float32 numbers are whole, and their bits count up by one. `low` and `high` are moved
+    there, too; products further away stay beyond them, because every step keeps order.
     """
     many = np.float32(_MANY)
     low, high = low + many, high + many

@@ -3,7 +3,8 @@
 A `Finish` knows the rule, the factors and bounds of its terms, and chooses once how to compute:
 
     f32   the float rule, as it is defined
-    f64   multipliers times `2**-shift` in float64, where products and sums have at most 53 bits
+    f64   multipliers times `2**-shift` in float64, where products and sums have at most 53 bits; a single product whose
+          factors have 24 bits is rounded once by a fused float32 operation instead
     int   64-bit integers
     engine  an engine's own rule, as it is defined, where no general one is the same
 
@@ -36,8 +37,9 @@ from qgraph.numerics import (
 from qgraph.numerics.engines import EngineRule
 from qgraph.numerics.rounding import round_float
 from qgraph.simulator.fast.columns import Loop, bound_loop, rescaling
-from qgraph.simulator.fast.exact import DOUBLE, exact_in_double, largest
+from qgraph.simulator.fast.exact import DOUBLE, SINGLE, exact_in_double, largest
 from qgraph.simulator.fast.loops import loops
+from qgraph.simulator.fast.probe import TO_WHOLE, addcmul_fuses
 from qgraph.simulator.fast.steps import Rescaling
 from qgraph.simulator.fast.term import Term
 from qgraph.simulator.kernel import NoFastForm
@@ -104,6 +106,10 @@ class Finish:
         constants = (*(value for term in terms for value in (term.multiplier, term.start)), shift, offset)
         self.uniform = all(value is None or value.numel() == 1 for value in constants)
         self.found: dict[int, Rescaling | None] = {}
+        # float32 holds every number that arises in a product, which torch's addcmul then rounds once.
+        one = self.way == "f64" and even and not self.is_sum and factors is None and terms[0].is_single()
+        single = one and largest(terms[0].multiplier) <= SINGLE
+        self.fuses = single and on_cpu and not self.compiles and addcmul_fuses()
 
     def _rule(
         self, rule: Rule, shift: torch.Tensor | None
@@ -161,6 +167,8 @@ class Finish:
         """As `rows`, into `out`; for the parts of a larger result."""
         if self.compiles:
             self.write(a.numpy(), None if b is None else b.numpy(), out.numpy(), trace)
+        elif trace is None:
+            self._in_blocks(a, b, False, out)
         else:
             out.copy_(self._bounded(self._any, a, b, trace))
 
@@ -247,15 +255,19 @@ class Finish:
         return self.found[columns]
 
     def _rows(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool) -> torch.Tensor:
-        if a.numel() <= _CHUNK or a.shape[0] == 1:
+        if a.numel() <= _CHUNK // 2 or a.shape[0] == 1:
             return self._any(a, b, wide)
         out = torch.empty(a.shape, dtype=self.limits(wide)[2], device=a.device)
-        height = max(_CHUNK // a.shape[1], 1)
+        self._in_blocks(a, b, wide, out)
+        return out
+
+    def _in_blocks(self, a: torch.Tensor, b: torch.Tensor | None, wide: bool, out: torch.Tensor) -> None:
+        chunk = _CHUNK if self.fuses or self.way == "f32" else _CHUNK // 2
+        height = max(chunk // a.shape[1], 1)
         for first in range(0, a.shape[0], height):
             part = slice(first, first + height)
             other = b if b is None or b.shape[0] == 1 else b[part]
             out[part] = self._any(a[part], other, wide)
-        return out
 
     # --- torch operators --------------------------------------------------------------------------------------------
 
@@ -279,20 +291,18 @@ class Finish:
             return self._in_integers(values, low, high, storage)
         if self.engine is not None:
             term = self.terms[0]
-            held = _started(values[0].to(torch.int64), term)
-            scaled = self.engine.apply(held, Factor(term.multiplier, self.shift), self.zero, self.real_bias)
+            started = _started(values[0].to(torch.int64), term)
+            scaled = self.engine.apply(started, Factor(term.multiplier, self.shift), self.zero, self.real_bias)
             return _stored(scaled - self.zero, low, high, self.zero, storage)
-        kind = torch.float32 if self.way == "f32" else torch.float64
         factors = self._float_factors(values[0].device)
-        total: torch.Tensor | None = None
-        for value, term, factor in zip(values, self.terms, factors, strict=False):
-            if term.zero or term.start is not None:
-                # Exact in float64: codes and sums have 32 bits at most.
-                value = _started(value.to(torch.float64), term).to(kind)
-            # Float values are sums of our own and may be overwritten.
-            scaled = value.mul_(factor) if value.dtype is kind else value.to(kind) * factor
-            total = scaled if total is None else total + scaled
-        assert total is not None
+        if self.fuses:
+            total = torch.addcmul(factors[1], _held(values[0], self.terms[0], torch.float32), factors[0])
+            total.clamp_(low + TO_WHOLE, high + TO_WHOLE)
+            return total.sub_(TO_WHOLE - self.zero).to(storage)
+        kind = torch.float32 if self.way == "f32" else torch.float64
+        held = [_held(value, term, kind) for value, term in zip(values, self.terms, strict=False)]
+        parts = [_times(value, factor) for value, factor in zip(held, factors, strict=False)]
+        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         if self.offset is not None:
             total = total + factors[-1]
         rounded = (
@@ -314,6 +324,8 @@ class Finish:
         assert self.shift is not None
         power = torch.ldexp(torch.ones((), dtype=torch.float64, device=device), -self.shift.to(torch.float64))
         factors = [term.multiplier.to(torch.float64) * power for term in self.terms]
+        if self.fuses:
+            return [factors[0].to(torch.float32), torch.tensor(TO_WHOLE)]
         return factors if self.offset is None else [*factors, self.offset.to(torch.float64) * power]
 
     def _in_integers(self, values: list[torch.Tensor], low: int, high: int, storage: torch.dtype) -> torch.Tensor:
@@ -350,6 +362,22 @@ def general_form(
         if float(reach.max()) < _INT32 - 1:  # and so nothing wraps
             return _UP, 15 - shift
     return None
+
+
+def _held(values: torch.Tensor, term: Term, kind: torch.dtype) -> torch.Tensor:
+    """`values - zero + start` in a float dtype: by way of float64, unless float32 holds it all."""
+    if not term.zero and term.start is None:
+        return values.to(kind)
+    if kind is torch.float64 or not term.is_single():
+        return _started(values.to(torch.float64), term).to(kind)
+    held = values.to(kind) if term.start is None else values.to(kind) + term.start.to(kind)
+    return held - term.zero if term.zero else held
+
+
+def _times(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Their product, in the memory of `values`, which are copies or sums of our own, where it has their shape."""
+    fits = factor.dim() == 0 or (factor.dim() == 1 and values.shape[-1:] == factor.shape)
+    return values.mul_(factor) if fits else values * factor
 
 
 def _started(values: torch.Tensor, term: Term) -> torch.Tensor:

@@ -42,8 +42,8 @@ def prepare_engine_sum(call: KernelCall) -> Kernel:
             return tables[count == 0].of(x, y, trace)
         full, other = (channels_last(x), channels_last(y)) if x.dim() == 4 else (x.contiguous(), y.contiguous())
         a, b, out = memory(full), memory(other), torch.empty(x.numel(), dtype=tables[0].storage, device=x.device)
-        if loop is not None and trace is None and count:
-            loop(a.numpy(), b.numpy(), out.numpy())
+        if loop is not None and count:
+            loop(a, b, out, trace)
             return shaped_as(out, full)
         for table, part in zip(tables, (slice(0, count), slice(count, None)), strict=True):
             table.fill(a[part], b[part], out[part], trace)
@@ -111,5 +111,17 @@ def _fused_loop(call: KernelCall, rule: MlasAdd) -> Any:
     a, b, start = float(ratios[0]), float(ratios[1]), float(fixed)
     if not _CODES * (abs(a) + abs(b)) + abs(start) < qint32.qmax:
         return None
-    constants = [np.float32(value) for value in (a, b, start, options["low"], options["high"])]
-    return lambda x, y, out: compiled.sum_fused(x, y, *constants, out)
+    qtype, ratios_and_start = parse_qtype(options["format"]), [np.float32(value) for value in (a, b, start)]
+    low, high = options["low"], options["high"]
+    below, above = low - (low == qtype.qmin), high + (high == qtype.qmax)
+
+    def loop(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, trace: KernelTrace | None) -> None:
+        if trace is None:
+            compiled.sum_fused(x.numpy(), y.numpy(), *ratios_and_start, np.float32(low), np.float32(high), out.numpy())
+            return
+        # One more code beyond each end of the format shows what did not fit.
+        wide = np.empty(out.shape, np.int16 if out.dtype.itemsize == 1 else np.int32)
+        compiled.sum_fused(x.numpy(), y.numpy(), *ratios_and_start, np.float32(below), np.float32(above), wide)
+        trace.saturated += compiled.bound(wide, low, high, out.numpy())
+
+    return loop

@@ -74,6 +74,36 @@ def _matrix_is_exact() -> bool:
     return True
 
 
+@lru_cache(maxsize=1)
+def addcmul_fuses() -> bool:
+    """Whether `torch.addcmul` rounds `a + x * m` once on this CPU, in every loop it may take.
+
+    The products lie beside a tie by less than a float32 product can tell.
+    """
+    shift, places, pairs = 26, torch.finfo(torch.float32).bits - 8, []
+    for x in range((1 << 14) + 1, 1 << 15, 64):
+        for beside in (1, -1):
+            m = ((1 << shift - 1) + beside) * pow(x, -1, 1 << shift) % (1 << shift)
+            if m < 1 << places:
+                pairs.append((x, m))
+    x, m = torch.tensor(pairs, dtype=torch.float64).t().contiguous()
+    m = m * 2.0**-shift
+    expected, whole = torch.round(x * m), torch.tensor(TO_WHOLE)
+    single_x, single_m = x.float(), m.float()
+    for count in (1, 7, 16, len(pairs)):
+        rows = single_x[:count].expand(3, count).contiguous()
+        if not torch.equal((torch.addcmul(whole, rows, single_m[:count]) - whole)[1].double(), expected[:count]):
+            return False
+    ones = torch.ones(19)
+    found = [torch.addcmul(whole, ones * a, b)[::18] - whole for a, b in zip(single_x, single_m, strict=True)]
+    return torch.equal(torch.stack(found, 1).double(), expected.expand(2, -1))
+
+
+TO_WHOLE = float(
+    3 << 22
+)  # added to a float32 within 2**22, it leaves no bits for fractions: the sum is rounded to even
+
+
 class Convolution:
     """oneDNN's 8-bit convolution of uint8 codes, sums as float32: exact while they stay within 2**24.
 

@@ -98,7 +98,7 @@ def _saturates(call: KernelCall, bound: int, bias: torch.Tensor | None) -> bool:
 def _images_at_once(x: torch.Tensor, channels: int, stride: Sequence[int]) -> int:
     """How many images of a batch are computed at a time, so that their sums are rescaled while they are in a cache."""
     sums = max(channels * x.shape[2] * x.shape[3] // (stride[0] * stride[1]), 1)
-    return max(8 * TILE // sums, 1)
+    return max(2 * TILE // sums, 1)
 
 
 def _pointwise(call: KernelCall, x: Operand, weight: torch.Tensor, bias: torch.Tensor | None, matrix: Matrix) -> Kernel:

@@ -238,7 +238,7 @@ class Matrix:
             yield part, held
 
 
-TILE = 1 << 17  # sums that stay in a core's cache until they are rescaled
+TILE = 1 << 19  # sums that stay in a cache until they are rescaled
 _KEPT = 32  # shapes
 _LOCAL = threading.local()
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qgraph.simulator.fast.exact import SINGLE, largest
+
 
 @dataclass(frozen=True)
 class Term:
@@ -22,3 +24,7 @@ class Term:
     bound: int
     zero: int = 0
     start: torch.Tensor | None = None
+
+    def is_single(self) -> bool:
+        """Whether float32 holds its value, `start` and what arises while they are added."""
+        return self.bound + largest(self.start) + abs(self.zero) <= SINGLE
