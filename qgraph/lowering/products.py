@@ -138,12 +138,12 @@ def _step(node: fx.Node, target: Target) -> str:
 def _onednn_is_right(node: fx.Node, module: Any, target: Target) -> Verdict:
     if info(node).op is LINEAR or not isinstance(target.step(_step(node, target), info(node).op.name).rule, OneDnn):
         return yes()
-    if one_column_is_wrong(module.weight.shape, module.groups) and shape_of(node)[-1] == 1:
-        return no("oneDNN computes wrong sums for convolutions of several groups whose result is one column wide", node)
     sizes, kernel = shape_of(bind(node).operand("input"))[2:], module.weight.shape[2:]
     geometry = _geometry(node, module)
     if not sees_input(sizes, kernel, *(geometry[name] for name in ("stride", "padding", "dilation"))):
         return no("oneDNN computes wrong sums where windows see nothing but padding", node)
+    if one_column_is_wrong(module.weight.shape, module.groups) and shape_of(node)[-1] == 1:
+        return no("oneDNN computes wrong sums for convolutions whose result is one column wide", node)
     return yes()
 
 

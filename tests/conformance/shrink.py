@@ -385,6 +385,4 @@ def _live(failure: Failure) -> set[str]:
 
 
 def _text(tensor: torch.Tensor) -> str:
-    text = str(tensor.tolist())
-    shown = text if len(text) < 4000 else f"{text[:4000]}...  (cut)"
-    return f"torch.tensor({shown}, dtype={tensor.dtype})"
+    return f"torch.tensor({tensor.tolist()}, dtype={tensor.dtype})"

@@ -59,7 +59,8 @@ def test_calls_that_litert_lacks(forward: Callable[..., Any], words: str | None)
         ("bpu", nn.Conv2d(6, 12, (3, 3), (1, 2), (1, 0), groups=6), False),
         ("x86", nn.Conv2d(6, 6, (3, 3), (1, 2), (1, 0), groups=6), False),
         ("x86", nn.Conv2d(6, 12, (3, 3), (1, 2), (1, 1), groups=6), False),
-        ("x86", nn.Conv2d(6, 12, (3, 3), (1, 2), (1, 0)), False),
+        ("x86", nn.Conv2d(6, 12, (3, 3), (1, 2), (1, 0)), True),
+        ("x86", nn.Conv2d(6, 12, (3, 1), (1, 3), (1, 0)), False),
     ],
 )
 def test_convolutions_that_onednn_computes_wrongly(target: str, module: nn.Module, stays: bool) -> None:

@@ -330,14 +330,16 @@ def test_large_batches_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) ->
             assert convolution((5, 8, 6, 5), weight, geometry, EVEN24, residual=residual) is None
 
 
-def test_grouped_convolutions_with_a_result_one_column_wide(machine: str) -> None:
+def test_convolutions_with_a_result_one_column_wide(machine: str) -> None:
     """oneDNN's 8-bit kernels compute wrong sums there."""
     torch.manual_seed(12)
     for kernel, stride, padding, dilation, width in (
         ((3, 3), (1, 2), (1, 0), (1, 1), 3),
         ((2, 2), (1, 2), (1, 0), (1, 1), 3),
         ((2, 5), (1, 3), (1, 1), (1, 1), 5),
+        ((5, 3), (1, 2), (2, 1), (1, 1), 2),
+        ((5, 5), (1, 2), (0, 0), (1, 1), 5),
     ):
-        for groups, out in ((6, 12), (16, 48)):
-            weight = codes((out, 1, *kernel), "random")
-            assert convolution((1, groups, 6, width), weight, (stride, padding, dilation, groups), EVEN24) is None
+        for groups, inputs, out in ((6, 6, 12), (16, 16, 48), (1, 1, 2), (1, 1, 1), (1, 3, 8)):
+            weight = codes((out, inputs // groups, *kernel), "random")
+            assert convolution((3, inputs, 8, width), weight, (stride, padding, dilation, groups), EVEN24) is None
