@@ -127,12 +127,38 @@ def _rank(call: Call) -> int:
 def _window(call: Call, rank: int) -> dict[str, Any]:
     kernel = spatial(call.option("kernel_size"), rank)
     stride = call.option("stride")
-    return {
-        "kernel_shape": kernel,
-        "strides": kernel if stride is None else spatial(stride, rank),
-        "pads": spatial(call.option("padding"), rank) * 2,
-        "ceil_mode": int(bool(call.option("ceil_mode"))),
-    }
+    strides = kernel if stride is None else spatial(stride, rank)
+    padding = spatial(call.option("padding"), rank)
+    ends, ceil_mode = padding, 0
+    if call.option("ceil_mode"):
+        ends, ceil_mode = _beyond_the_edge(call, rank, kernel, strides, padding)
+    return {"kernel_shape": kernel, "strides": strides, "pads": [*padding, *ends], "ceil_mode": ceil_mode}
+
+
+def _beyond_the_edge(
+    call: Call, rank: int, kernel: list[int], strides: list[int], padding: list[int]
+) -> tuple[list[int], int]:
+    """Padding behind, and `ceil_mode`, with which ONNX has as many windows as torch.
+
+    torch drops a last window that starts behind the input and the padding before it; ONNX does not everywhere. Where they
+    differ, the windows are written with padding alone.
+    """
+    sizes, results = call.dims("input")[-rank:], call.dims()[-rank:]
+    if any(not isinstance(size, int) for size in (*sizes, *results)):
+        raise call.unsupported("its windows reach beyond the edge (ceil_mode) of an image of unknown size")
+    dilation = spatial(call.bound.values.get("dilation") or 1, rank)
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    geometry = list(zip(sizes, results, reach, strides, padding, strict=True))
+    spare = [(int(size) + 2 * p - r, int(out) - 1, s) for size, out, r, s, p in geometry]
+    if all(room // s == last for room, last, s in spare):
+        return padding, 0
+    if all(-(-room // s) == last for room, last, s in spare):
+        return padding, 1
+    ends = [max(last * s - room, 0) + p for (room, last, s), p in zip(spare, padding, strict=True)]
+    counts = info(call.node).op.name.startswith("avg") and call.option("count_include_pad")
+    if counts or any(end >= k for end, k in zip(ends, kernel, strict=True)):
+        raise call.unsupported("its windows beyond the edge (ceil_mode) are counted differently in ONNX")
+    return ends, 0
 
 
 def _axes(call: Call) -> list[int]:
