@@ -140,8 +140,8 @@ def _beyond_the_edge(
 ) -> tuple[list[int], int]:
     """Padding behind, and `ceil_mode`, with which ONNX has as many windows as torch.
 
-    torch drops a last window that starts behind the input and the padding before it; ONNX does not everywhere. Where they
-    differ, the windows are written with padding alone.
+    torch drops a last window that starts behind the input and the padding before it; ONNX does not everywhere. Where
+    they differ, the windows are written with padding alone.
     """
     sizes, results = call.dims("input")[-rank:], call.dims()[-rank:]
     if any(not isinstance(size, int) for size in (*sizes, *results)):
