@@ -13,6 +13,8 @@ from qgraph.numerics.engine_sums import ENGINE_SUMS
 from qgraph.simulator.fast import KERNELS
 from qgraph.simulator.fast.loops import loops
 from qgraph.simulator.fast.probe import exact_kinds
+from qgraph.simulator.fast.sums import convolution_sums
+from qgraph.simulator.kernel import Operand
 from tests.simulator.cases import CASES, Draw
 from tests.simulator.fast import compare
 
@@ -328,6 +330,20 @@ def test_large_batches_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) ->
         weight = codes((20, 8, *kernel), "random")
         for residual in (False, True):
             assert convolution((5, 8, 6, 5), weight, geometry, EVEN24, residual=residual) is None
+
+
+def test_float_convolutions_with_a_result_one_column_wide() -> None:
+    """oneDNN computes wrong float32 sums of one channel on two threads."""
+    torch.manual_seed(13)
+    torch.set_num_threads(2)
+    weight = codes((1, 1, 3, 3), "random") // 8
+    operand = Operand(torch.int16, (2, 1, 2, 3), qint16.qmin, qint16.qmax)
+    geometry = {"stride": [1, 2], "padding": [1, 0], "dilation": [1, 1], "groups": 1}
+    sums = convolution_sums(operand, weight, None, 0, geometry)
+    for _ in range(4):
+        x = codes((2, 2, 2, 3), "random", torch.int16)[:, 0:1]
+        exact = torch.nn.functional.conv2d(x.double(), weight.double(), None, (1, 2), (1, 0))
+        assert torch.equal(sums(x).double(), exact)
 
 
 def test_convolutions_with_a_result_one_column_wide(machine: str) -> None:

@@ -134,7 +134,9 @@ def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kern
     if bound >= DOUBLE:
         raise NoFastForm("sums have more than 53 bits")
     # float32 convolutions of other shapes and devices may be computed by transforms that round.
-    wide = torch.float32 if bound <= SINGLE and x.device.type == "cpu" and not options["transposed"] else torch.float64
+    # ... or by oneDNN where the result may be one column wide, which it computes wrongly.
+    plain = x.device.type == "cpu" and not options["transposed"] and not _may_be_one_column(x, weight, options)
+    wide = torch.float32 if bound <= SINGLE and plain else torch.float64
     held, addend = weight.to(wide), None if bias is None else bias.to(wide)
     names = ("stride", "padding", "dilation")
     stride, padding, dilation = (list(options[name]) for name in names)
@@ -156,6 +158,11 @@ def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kern
         return codes_out.view(moved.shape).movedim(-1, 1)
 
     return run
+
+
+def _may_be_one_column(x: Operand, weight: torch.Tensor, options: dict[str, Any]) -> bool:
+    reach = options["dilation"][-1] * (weight.shape[-1] - 1) + 1
+    return reach > 1 and x.shape[-1] + 2 * options["padding"][-1] - reach < options["stride"][-1]
 
 
 def _transposed_bound(call: KernelCall, weight: torch.Tensor, low: int, high: int) -> int:

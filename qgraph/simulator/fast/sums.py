@@ -53,7 +53,8 @@ def convolution_sums(
     geometry = (list(options["stride"]), list(options["padding"]), list(options["dilation"]))
     groups = int(options["groups"])
     kind = kind_of(weight.shape[1] * groups, weight.shape[0], (weight.shape[2], weight.shape[3]), groups)
-    wrong = one_column_is_wrong(weight.shape, groups) and _columns(x, weight, geometry) == 1
+    one_column = weight.shape[-1] > 1 and _columns(x, weight, geometry) == 1
+    wrong = one_column and one_column_is_wrong(weight.shape, groups)
     if weight.dtype is torch.int8 and x.device.type == "cpu" and kind in exact_kinds() and not wrong:
         if x.dtype in _BYTES:
             sums = _byte_convolution(weight, bias, low, high, geometry, groups, saturates=saturates)
@@ -63,7 +64,9 @@ def convolution_sums(
             both = _two_byte_convolution(weight, bias, x.low, geometry, groups)
             if both is not None:
                 return both
-    return _carried_convolution(weight, bias, low, high, zero, geometry, groups, x.device)
+    # oneDNN's float32 convolutions of one channel are wrong there, too; float64 ones are not oneDNN's.
+    wide = torch.float64 if one_column else None
+    return _carried_convolution(weight, bias, low, high, zero, geometry, groups, x.device, wide)
 
 
 def _columns(x: Operand, weight: torch.Tensor, geometry: Geometry) -> int:
@@ -186,8 +189,10 @@ def _carried_convolution(
     geometry: Geometry,
     groups: int,
     device: torch.device,
+    least: torch.dtype | None,
 ) -> Sums:
-    wide = carrier(weight, bias, low, high, device)
+    narrow = carrier(weight, bias, low, high, device)
+    wide = narrow if least is None else least
     held = weight.to(wide).contiguous(memory_format=torch.channels_last)
     addend = None if bias is None else bias.to(wide)
 
