@@ -149,7 +149,7 @@ def _beyond_the_edge(
     dilation = spatial(call.bound.values.get("dilation") or 1, rank)
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     geometry = list(zip(sizes, results, reach, strides, padding, strict=True))
-    spare = [(int(size) + 2 * p - r, int(out) - 1, s) for size, out, r, s, p in geometry]
+    spare = [(int(size) + 2 * p - r, int(out) - 1, s) for size, out, r, s, p in geometry]  # type: ignore[arg-type]
     if all(room // s == last for room, last, s in spare):
         return padding, 0
     if all(-(-room // s) == last for room, last, s in spare):

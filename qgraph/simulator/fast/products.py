@@ -162,7 +162,7 @@ def _any_convolution(call: KernelCall, x: Operand, weight: torch.Tensor) -> Kern
 
 def _may_be_one_column(x: Operand, weight: torch.Tensor, options: dict[str, Any]) -> bool:
     reach = options["dilation"][-1] * (weight.shape[-1] - 1) + 1
-    return reach > 1 and x.shape[-1] + 2 * options["padding"][-1] - reach < options["stride"][-1]
+    return bool(reach > 1 and x.shape[-1] + 2 * options["padding"][-1] - reach < options["stride"][-1])
 
 
 def _transposed_bound(call: KernelCall, weight: torch.Tensor, low: int, high: int) -> int:
