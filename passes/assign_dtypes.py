@@ -355,13 +355,11 @@ class _Planner:
                 where=where(node),
                 fix="give one format per operand; None takes an operand as it comes",
             )
-        each = [*given, *[None] * (len(coded) - len(given))]
-        return [
-            self.formats[operand]
-            if (one or qconfig.input) is None
-            else require_integer(one or qconfig.input, where(node))
-            for one, operand in zip(each, coded, strict=True)
-        ]
+        wanted = []
+        for position, operand in enumerate(coded):
+            one = given[position] if position < len(given) and given[position] is not None else qconfig.input
+            wanted.append(self.formats[operand] if one is None else require_integer(one, where(node)))
+        return wanted
 
     def _convert(
         self,

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from torch import fx
 
 from qgraph.errors import QuantizationError, UserError, did_you_mean
+from qgraph.files import write_at_once
 from qgraph.ir.arguments import coded_operands
 from qgraph.ir.node_info import NodeInfo, SitePlan, graph_info, info
 from qgraph.ir.op import OpKind
@@ -198,8 +199,6 @@ class Plan(Mapping[str, PlannedSite]):
         Raises:
             UserError: it cannot be written.
         """
-        from qgraph.files import write_at_once
-
         write_at_once(Path(path), self.to_toml().encode("utf-8"))
 
     @classmethod
@@ -224,6 +223,11 @@ class Plan(Mapping[str, PlannedSite]):
     @property
     def name(self) -> str:
         return EDITED_RULE
+
+    def cite(self, query: SiteQuery) -> str:
+        """The rule written down for an operator in float; that of other sites follows in `planned`."""
+        entry = self.sites.get(query.site)
+        return entry.rule if entry is not None and entry.format == float32 else self.name
 
     def decide(self, query: SiteQuery) -> Setting | None:
         """Formats of the site, its weight and its operands; `planned` adds the rest where they are written down."""

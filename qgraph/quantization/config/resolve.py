@@ -16,6 +16,7 @@ from qgraph.quantization.config.qconfig import QConfig, Setting, Threshold
 from qgraph.quantization.config.query import SiteQuery
 from qgraph.quantization.config.setters import (
     DefaultQconfigSetter,
+    ModuleTypeQconfigSetter,
     QConfigSetter,
     default_calibration_qconfig_setter,
 )
@@ -231,9 +232,15 @@ def check_all_used(setters: Iterable[QConfigSetter], queries: Sequence[SiteQuery
                 reached[id(answer.setter)].append(query)
     for setter in ordered:
         for key in setter.unused(reached[id(setter)]):
-            known = [name for query in queries for name in query.names]
             raise QuantizationError(
                 f"the {setter.name} setting for {key!r} has no effect",
                 why="no quantized site of the graph has that name, or a deeper name or an earlier setter always wins",
-                fix=did_you_mean(key.removesuffix(".qconfig"), known),
+                fix=did_you_mean(key.removesuffix(".qconfig"), _known(setter, queries)),
             )
+
+
+def _known(setter: QConfigSetter, queries: Sequence[SiteQuery]) -> list[str]:
+    """What a setting could have been for."""
+    if isinstance(setter, ModuleTypeQconfigSetter):
+        return [name for query in queries for name in (query.op, *(cls.__name__ for cls in query.types))]
+    return [name for query in queries for name in query.names]
