@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class PlannedSite:
         fake_quant: kind of fake quantization.
         rule: who decided.
         overrode: who would have decided otherwise, `name: what`.
-        line: the user's line, `file.py:12`.
+        line: the user's line, `file.py:12`; two entries that differ in nothing else are equal.
         feeds: operator and position of a converted operand, `site[0]`.
     """
 
@@ -70,7 +70,7 @@ class PlannedSite:
     fake_quant: str = "fake_quant"
     rule: str = EDITED_RULE
     overrode: tuple[str, ...] = ()
-    line: str = ""
+    line: str = field(default="", compare=False)
     feeds: str | None = None
 
     @property

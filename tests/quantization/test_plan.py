@@ -86,7 +86,7 @@ def test_an_unedited_plan_gives_the_same_graph(model: Any, example: Any, setter:
     assert read == plan
     assert read.to_toml() == plan.to_toml()
     second = prepare(net, x, read, target=target)
-    assert print_graph(second) == print_graph(first)
+    assert print_graph(second, source=False) == print_graph(first, source=False)
     assert Plan.of(second) == plan
     assert not plan.diff(Plan.of(second))
 
@@ -148,7 +148,7 @@ def test_editing_a_scale_fixes_it() -> None:
 
 
 def test_moving_in_and_out_of_float_and_accumulators() -> None:
-    model = linears()[:3]
+    model = linears()[:3].eval()
     first = prepare(model, vector())
     assert Plan.of(first)["2"].format == qint32
     rounded = Plan.of(prepare(model, vector(), edited(first, "2", 'format = "int32"', 'format = "int8"')))
@@ -177,10 +177,9 @@ def test_unknown_sites_and_what_cannot_be_followed() -> None:
     first = prepare(linears(), vector())
     with pytest.raises(QuantizationError, match="the plan wants per_channel True for site 0, which has False"):
         prepare(linears(), vector(), edited(first, "0", "per_channel = false", "per_channel = true"))
+    weight = '[sites."2.weight"]\nrole = "weight"\nformat = "int16"\n'
+    plan = Plan.from_toml(f'version = 1\n[sites."1"]\nformat = "int16"\n{weight}')
     with pytest.raises(QuantizationError, match="int16, int16 -> int8 is illegal for linear"):
-        plan = Plan.from_toml(
-            'version = 1\n[sites."1"]\nformat = "int16"\n[sites."2.weight"]\nrole = "weight"\nformat = "int16"\n'
-        )
         prepare(linears(), vector(), plan)
 
 
@@ -239,7 +238,7 @@ def test_graphs_without_a_plan() -> None:
 
 
 def test_diff_names_missing_sites() -> None:
-    one, two = Plan.of(prepare(linears(), vector())), Plan.of(prepare(linears()[:3], vector()))
+    one, two = Plan.of(prepare(linears(), vector())), Plan.of(prepare(linears()[:3].eval(), vector()))
     shown = [str(change) for change in one.diff(two)]
     assert "3: only in the first plan" in shown
     assert "3: only in the second plan" in [str(change) for change in two.diff(one)]

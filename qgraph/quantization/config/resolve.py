@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qgraph.errors import QuantizationError, UserError, did_you_mean
-from qgraph.quantization.config.attributes import attribute_setters
+from qgraph.quantization.config.attributes import AttributeQconfigSetter, attribute_setters
 from qgraph.quantization.config.dictionary import dict_setters
 from qgraph.quantization.config.qconfig import QConfig, Setting, Threshold
 from qgraph.quantization.config.query import SiteQuery
@@ -231,7 +231,9 @@ def check_all_used(setters: Iterable[QConfigSetter], queries: Sequence[SiteQuery
             if answer.used:
                 reached[id(answer.setter)].append(query)
     for setter in ordered:
-        for key in setter.unused(reached[id(setter)]):
+        # Only a plan comes before attributes, and it records what they decided: they need not decide it again.
+        recorded = isinstance(setter, AttributeQconfigSetter)
+        for key in setter.unused(queries if recorded else reached[id(setter)]):
             raise QuantizationError(
                 f"the {setter.name} setting for {key!r} has no effect",
                 why="no quantized site of the graph has that name, or a deeper name or an earlier setter always wins",
