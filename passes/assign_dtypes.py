@@ -19,7 +19,7 @@ from passes.high_precision_output import accumulator_obstacle
 from qgraph.errors import InternalError, QuantizationError
 from qgraph.ir.arguments import bind, coded_operands, quant_rule
 from qgraph.ir.editor import Editor, node_name
-from qgraph.ir.node_info import SitePlan, info, module_of, where
+from qgraph.ir.node_info import SitePlan, graph_info, info, module_of, update_graph_info, where
 from qgraph.ir.op import OpKind, QuantRule
 from qgraph.ir.op_table import CONSTANT, DEQUANT_STUB, EMBEDDING, FUSABLE, ITEM, QUANT_STUB
 from qgraph.ir.stage import Stage
@@ -30,6 +30,7 @@ from qgraph.pipeline import Pass, PassContext, PassResult
 from qgraph.quantization.config.qconfig import QConfig, require_integer
 from qgraph.quantization.config.query import SiteQuery, query_of
 from qgraph.quantization.config.resolve import Decision, as_setters, check_all_used, resolve
+from qgraph.quantization.config.setters import DefaultQconfigSetter
 from qgraph.quantization.plan import STUB_RULE, Plan
 from qgraph.targets import Target, get_target
 
@@ -53,6 +54,8 @@ class AssignDtypes(Pass):
             planner.visit(node)
         check_all_used(planner.setters, [*planner.queries, *ctx.left_float])
         planner.check_plans()
+        known = graph_info(gm).notes
+        update_graph_info(gm, notes=(*known, *(note for note in planner.told if note not in known)))
         return PassResult(gm, edit.changes > 0, tuple(planner.notes))
 
 
@@ -65,11 +68,13 @@ class _Planner:
         self.target: Target = ctx.target or get_target("bpu")
         self.eight_bits = self.target.eight_bits
         self.setters = ctx.setters or as_setters(None)
+        self.defaults = {setter.name for setter in self.setters if isinstance(setter, DefaultQconfigSetter)}
         self.classes = ctx.classes
         self.planned: list[tuple[Plan, str, SitePlan]] = []
         self.formats: dict[fx.Node, QType] = {}
         self.queries: list[SiteQuery] = []
         self.notes: list[str] = []
+        self.told: list[str] = []
 
     def visit(self, node: fx.Node) -> None:
         """Decides one node."""
@@ -129,7 +134,8 @@ class _Planner:
             fixed, rule = stub.scale, STUB_RULE
         if result == qint32:
             self._require_accumulator(node, fixed, rule)
-        return _Asked(result, observer, fixed, rule, overrode, decision.preference, plan)
+        weight_rule = decision.rules.get("weight")
+        return _Asked(result, observer, fixed, rule, overrode, decision.preference, plan, weight_rule)
 
     def _require_accumulator(self, node: fx.Node, fixed: float | None, rule: str) -> None:
         """Refuses int32 where there is no accumulator, or where something needs codes at a scale."""
@@ -267,10 +273,10 @@ class _Planner:
             )
         if decision.preference and record.inner:
             plain = replace(qconfig, output=qint16, input=None, inputs=None, fixed_scale=None, threshold=None)
-            return replace(decision, rule=_INNER_RULE, overrode=()), plain
+            return _ruled(decision, _INNER_RULE), plain
         if decision.preference and node in self.positions:
             plain = replace(qconfig, output=qint16, input=None, inputs=None)
-            return replace(decision, rule=_POSITION_RULE, overrode=()), plain
+            return _ruled(decision, _POSITION_RULE), plain
         if decision.preference and qconfig.output == qint8:
             return decision, replace(qconfig, output=self.eight_bits)
         return decision, qconfig
@@ -290,28 +296,36 @@ class _Planner:
         given = self._operand_formats(node, operands, weight)
         if legal is None or legal.accepts(given, result):
             return weight, result, operands, ()
-        request = _combination(given, result)
-        rule = asked.rule
         # A format that no line has at all was never meant as a default among others.
         known = weight is None or any(weight in line.operands[-1] for line in legal.legal)
         if asked.preference and known:
             if weight is not None and legal.accepts([given[0], qint8], result):
-                self.notes.append(f"{info(node).site}: weight {qint8} instead of {weight}")
-                return qint8, result, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
+                change = self._changed(node, given, result, asked.weight_rule, f"weight {qint8} instead of {weight}")
+                return qint8, result, operands, (change,)
             for position in reversed(range(len(operands))):
                 if weight is None and legal.accepts(
                     [*given[:position], self.eight_bits, *given[position + 1 :]], result
                 ):
-                    converted = self._convert(node, operands[position][1], self.eight_bits, asked)
-                    changed = (*operands[:position], (operands[position][0], converted), *operands[position + 1 :])
                     name = operands[position][0]
-                    self.notes.append(f"{info(node).site}: operand {name} converted to {self.eight_bits}")
-                    return weight, result, changed, (f"{rule}: {request} is illegal on {self.target.name}",)
+                    converted = self._convert(node, operands[position][1], self.eight_bits, asked)
+                    told = f"operand {name} converted to {self.eight_bits}"
+                    change = self._changed(node, given, result, asked.rule, told)
+                    changed = (*operands[:position], (name, converted), *operands[position + 1 :])
+                    return weight, result, changed, (change,)
             for other in (qint16, self.eight_bits):
                 if legal.accepts(given, other):
-                    self.notes.append(f"{info(node).site}: result {other} instead of {result}")
-                    return weight, other, operands, (f"{rule}: {request} is illegal on {self.target.name}",)
-        raise self._illegal(node, given, result, rule)
+                    change = self._changed(node, given, result, asked.rule, f"result {other} instead of {result}")
+                    return weight, other, operands, (change,)
+        rules = asked.rule if asked.weight_rule in (None, asked.rule) else f"{asked.rule}, weight: {asked.weight_rule}"
+        raise self._illegal(node, given, result, rules)
+
+    def _changed(self, node: fx.Node, given: Sequence[Format], result: QType, rule: str | None, told: str) -> str:
+        """What a changed preference is recorded as; one that is not a default of the whole model is told to the user."""
+        change = f"{rule}: {_combination(given, result)} is illegal on {self.target.name}"
+        self.notes.append(f"{info(node).site}: {told}")
+        if rule not in (*self.defaults, _INNER_RULE, _POSITION_RULE):
+            self.told.append(f"{info(node).site}: {told}: {change}")
+        return change
 
     def _operand_formats(
         self, node: fx.Node, operands: tuple[tuple[str, fx.Node], ...], weight: QType | None
@@ -398,6 +412,7 @@ class _Asked:
         overrode: who would have decided otherwise.
         preference: whether an illegal format becomes the nearest legal one, instead of an error.
         plan: the plan that decided, if one did.
+        weight_rule: who decided the weight's format.
     """
 
     result: QType
@@ -407,10 +422,16 @@ class _Asked:
     overrode: tuple[str, ...]
     preference: bool
     plan: Plan | None
+    weight_rule: str | None
 
     def changed(self, overrode: tuple[str, ...]) -> tuple[str, ...]:
         """What was added to `overrode` since."""
         return overrode[len(self.overrode) :]
+
+
+def _ruled(decision: Decision, rule: str) -> Decision:
+    """The decision under a rule of this pass."""
+    return replace(decision, rule=rule, rules={**decision.rules, "weight": rule}, overrode=(), weight_overrode=())
 
 
 def _operands(node: fx.Node) -> list[tuple[str, fx.Node]]:
