@@ -320,7 +320,7 @@ class _Planner:
         raise self._illegal(node, given, result, rules)
 
     def _changed(self, node: fx.Node, given: Sequence[Format], result: QType, rule: str | None, told: str) -> str:
-        """What a changed preference is recorded as; one that is not a default of the whole model is told to the user."""
+        """What a changed preference is recorded as; the user is told of one that is no default of the whole model."""
         change = f"{rule}: {_combination(given, result)} is illegal on {self.target.name}"
         self.notes.append(f"{info(node).site}: {told}")
         if rule not in (*self.defaults, _INNER_RULE, _POSITION_RULE):
