@@ -20,6 +20,7 @@ from qgraph.ir.stage import Stage
 from qgraph.nn import Activation, Fused
 from qgraph.numerics import Format, qint32
 from qgraph.pipeline import Pass, PassContext, PassResult
+from qgraph.quantization.plan import Plan
 from qgraph.rewrite import Verdict, no, yes
 from qgraph.targets import Target, get_target
 
@@ -46,6 +47,8 @@ class HighPrecisionOutput(Pass):
             if plan is None or plan.format == qint32 or info(node).op not in (*FUSABLE, MATMUL):
                 continue
             verdict = _check(node, target)
+            if verdict and _planned_otherwise(node, ctx):
+                continue
             if verdict:
                 raised = SitePlan(qint32, "none", False, RULE, (*plan.overrode, f"{plan.rule}: {plan.format}"))
                 edit.annotate(node, plan=raised)
@@ -55,18 +58,35 @@ class HighPrecisionOutput(Pass):
         return PassResult(gm, False, tuple(notes), tuple(refusals))
 
 
-def _check(node: fx.Node, target: Target) -> Verdict:
-    record = info(node)
+def _planned_otherwise(node: fx.Node, ctx: PassContext) -> bool:
+    """Whether a plan wants codes here."""
+    entries = [setter.sites.get(info(node).site) for setter in ctx.setters if isinstance(setter, Plan)]
+    return any(entry is not None and entry.format != qint32 for entry in entries)
+
+
+def accumulator_obstacle(node: fx.Node) -> Verdict:
+    """Whether a call could leave its result in the accumulator, whatever the target and the formats."""
+    if info(node).op not in (*FUSABLE, MATMUL):
+        return no("it is no matrix product", node)
     if len(node.users) > 1:
         return no("its result has other users", node)
-    if record.plan is not None and record.plan.fixed_scale is not None:
-        return no("its scale is fixed", node)
-    bound = bind(node)
+    if not any(info(user).op is DEQUANT_STUB for user in node.users):
+        return no("its result does not go straight to a dequant stub", node)
     module = module_of(node) if node.op == "call_module" else None
     if isinstance(module, Fused) and (module.adds or module.activation is Activation.RELU6):
         return no("a residual or relu6 is rounded at the scale of the result", node)
+    return yes()
+
+
+def _check(node: fx.Node, target: Target) -> Verdict:
+    record = info(node)
+    obstacle = accumulator_obstacle(node)
+    if not obstacle:
+        return obstacle
+    if record.plan is not None and record.plan.fixed_scale is not None:
+        return no("its scale is fixed", node)
     formats: list[Format] = []
-    for _, operand in bound.nodes():
+    for _, operand in bind(node).nodes():
         operand_format = _format(operand)
         if operand_format is None:
             return no("the format of an operand is not known", node)

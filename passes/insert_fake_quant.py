@@ -30,7 +30,8 @@ from qgraph.targets import get_target
 
 CONTAINER = "quantizers"
 
-_WeightKey: TypeAlias = tuple[int, QType, str, int]  # id of the tensor, format, observer, dimension of the scales
+# id of the tensor, format, observer, dimension of the scales, fixed scale, whether training leaves it
+_WeightKey: TypeAlias = tuple[int, QType, str, int, float | None, bool]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def _own_module(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Editor) -
         fixed_scale=plan.fixed_scale,
         fixed_zero=plan.fixed_zero,
         scheme=plan.scheme,
+        frozen=plan.frozen,
     )
     path = edit.free_path(f"{CONTAINER}.{node_name(record.site)}")
     edit.set_module(path, module.eval())
@@ -100,10 +102,17 @@ def _quantize_weight(
     site = info(node).site
     weight = cast(nn.Parameter, fused.weight)
     axis = -1 if not plan.per_channel else 1 if info(node).op in TRANSPOSED else 0
-    key = (id(weight), _integer(plan, node), plan.observer, axis)
+    key = (id(weight), _integer(plan, node), plan.observer, axis, plan.fixed_scale, plan.frozen)
     if key not in known:
-        observer = make_observer(plan.observer, axis)
-        known[key] = WeightFakeQuantize(f"{site}.weight", key[1], observer, scheme=plan.scheme)
+        observer = None if plan.fixed_scale is not None else make_observer(plan.observer, axis)
+        known[key] = WeightFakeQuantize(
+            f"{site}.weight",
+            key[1],
+            observer,
+            fixed_scale=plan.fixed_scale,
+            scheme=plan.scheme,
+            frozen=plan.frozen,
+        )
     fused.weight_fake_quant = known[key].eval()
     if fused.bias is not None and isinstance(bias, QType):
         fused.bias_fake_quant = BiasFakeQuantize(f"{site}.bias").eval()

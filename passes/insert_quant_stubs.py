@@ -24,6 +24,9 @@ from qgraph.ir.values import TensorSpec, holds_floats
 from qgraph.lowering import support
 from qgraph.nn import DeQuantStub, QuantStub
 from qgraph.pipeline import Pass, PassContext, PassResult
+from qgraph.quantization.config.query import query_of
+from qgraph.quantization.config.resolve import resolve
+from qgraph.quantization.plan import FLOAT_REASON
 from qgraph.targets import get_target
 
 _CONTAINER = "stubs"
@@ -58,6 +61,7 @@ class InsertQuantStubs(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
+        removed = _without_stubs_in_float(gm, edit, ctx)
         placed = _Placement(gm, ctx)
         stubs = _Stubs(edit)
         for node in list(gm.graph.nodes):
@@ -68,6 +72,7 @@ class InsertQuantStubs(Pass):
         for node, reason in reasons.items():
             edit.annotate(node, float_reason=reason)
         islands = tuple(f"float: {info(node).site} ({info(node).op}): {reason}" for node, reason in reasons.items())
+        islands = (*removed, *islands)
         known = graph_info(gm).notes
         update_graph_info(gm, notes=(*known, *(island for island in islands if island not in known)))
         return PassResult(gm, edit.changes > 0, islands)
@@ -84,6 +89,7 @@ class _Placement:
 
     def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         self.target = ctx.target or get_target("bpu")
+        self.ctx = ctx
         self.before = {**_before_masks(gm), **dict.fromkeys(_before_user_stubs(gm), _BEFORE_STUB)}
         self.values: dict[fx.Node, _Domain] = {}
         self.reads: dict[fx.Node, _Domain] = {}
@@ -109,6 +115,9 @@ class _Placement:
         if record.op.kind in (OpKind.STRUCTURE, OpKind.OUTPUT):
             return _Domain.OTHER
         wanted, stays = self._wanted(node)
+        unwanted = _configured_float(node, self.ctx) if wanted is _Domain.CODES else None
+        if unwanted is not None:
+            wanted, stays = _Domain.REAL, unwanted
         verdict = support(node, self.target) if wanted is _Domain.CODES else None
         if verdict is not None and not verdict:
             wanted, stays = _Domain.REAL, verdict.reason
@@ -136,6 +145,29 @@ class _Placement:
         moves = bool(node.all_input_nodes) and quant_rule(node) is QuantRule.SAME
         # What folding left depends on the batch size only: expanding codes is cheaper than expanding reals.
         return (_Domain.CODES if moves or plain else _Domain.CONSTANT), None
+
+
+def _configured_float(node: fx.Node, ctx: PassContext) -> str | None:
+    """Why the user keeps a call in float; None if not."""
+    if not ctx.setters:
+        return None
+    query = query_of(node, ctx.classes)
+    decision = resolve(ctx.setters, query)
+    if decision.qconfig is not None:
+        return None
+    ctx.left_float.append(query)
+    return f"{FLOAT_REASON} ({decision.rule})"
+
+
+def _without_stubs_in_float(gm: fx.GraphModule, edit: Editor, ctx: PassContext) -> tuple[str, ...]:
+    """Removes the user's quant stubs that have no configuration; returns what became of them."""
+    notes = []
+    for node in list(gm.graph.nodes):
+        reason = _configured_float(node, ctx) if info(node).op is QUANT_STUB else None
+        if reason is not None:
+            notes.append(f"float: {info(node).site} ({QUANT_STUB}): {reason}")
+            edit.bypass(node, node.all_input_nodes[0])
+    return tuple(notes)
 
 
 def _wanted(node: fx.Node, operands: list[_Domain], before: dict[fx.Node, str]) -> tuple[_Domain, str | None]:

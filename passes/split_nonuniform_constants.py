@@ -30,7 +30,8 @@ from qgraph.ir.values import TensorSpec
 from qgraph.nn import QuantStub
 from qgraph.numerics import QType, choose_qparams, fake_quantize, qint8
 from qgraph.pipeline import Pass, PassContext, PassResult
-from qgraph.quantization.qconfig import SiteQuery, resolve
+from qgraph.quantization.config.query import query_of
+from qgraph.quantization.config.resolve import resolve
 
 _CONSUMERS = (ops.DIV, ops.MUL, ops.ADD, ops.SUB)
 _FUNCTIONS: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -58,7 +59,7 @@ class SplitNonuniformConstants(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
-        candidates = [node for node in gm.graph.nodes if _candidate(node) is not None]
+        candidates = [node for node in gm.graph.nodes if _candidate(node) is not None and not _stays_float(node, ctx)]
         if not candidates or ctx.example is None:
             return PassResult(gm, False)
         values = _operand_values(gm, ctx, candidates)
@@ -231,9 +232,13 @@ def _format(node: fx.Node, ctx: PassContext) -> QType:
     """The integer format the result will have."""
     if not ctx.setters:
         return qint8
-    record = info(node)
-    qconfig, _ = resolve(ctx.setters, SiteQuery(record.site, record.module, record.stands_for, record.op.name))
-    return qconfig.output if isinstance(qconfig.output, QType) else qint8
+    qconfig = resolve(ctx.setters, query_of(node, ctx.classes)).qconfig
+    return qconfig.output if qconfig is not None and isinstance(qconfig.output, QType) else qint8
+
+
+def _stays_float(node: fx.Node, ctx: PassContext) -> bool:
+    """Whether the user keeps a call in float, where nothing is rounded."""
+    return bool(ctx.setters) and resolve(ctx.setters, query_of(node, ctx.classes)).qconfig is None
 
 
 def _split(case: _Case, groups: list[tuple[int, int]], edit: Editor) -> None:

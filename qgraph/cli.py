@@ -1,4 +1,4 @@
-"""The command line: `qgraph demo | passes | targets | simulate | conformance`."""
+"""The command line: `qgraph demo | passes | targets | simulate | conformance | plan`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 
 conformance = typer.Typer(help="Compare with an integer graph, tensor by tensor.", no_args_is_help=True)
 app.add_typer(conformance, name="conformance")
+plan = typer.Typer(help="What was decided for every site of a prepared graph.", no_args_is_help=True)
+app.add_typer(plan, name="plan")
 
 
 def _show_version(wanted: bool) -> None:
@@ -153,6 +155,38 @@ def run(
     typer.echo(report.table())
     if report.first is not None:
         raise typer.Exit(1)
+
+
+@plan.command()
+def show(file: Annotated[Path, typer.Argument(help="A plan, as Plan.save writes it.")]) -> None:
+    """Show a plan, one row per site."""
+    loaded = _plan(file)
+    typer.echo(f"{loaded.model} on {loaded.target}: {len(loaded)} sites")
+    typer.echo(str(loaded))
+
+
+@plan.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A plan.")],
+    second: Annotated[Path, typer.Argument(help="Another plan.")],
+) -> None:
+    """Show what two plans decide differently; the exit code is 1 if anything."""
+    changes = _plan(first).diff(_plan(second))
+    for change in changes:
+        typer.echo(str(change))
+    typer.echo(f"{len(changes)} difference(s)")
+    if changes:
+        raise typer.Exit(1)
+
+
+def _plan(file: Path) -> qgraph.Plan:
+    if file.suffix == ".qgraph":
+        raise UserError(
+            f"{file} is an integer graph",
+            why="its formats are final, and it keeps no plan",
+            fix="save the plan of the prepared graph: qgraph.Plan.of(prepared).save('plan.toml')",
+        )
+    return qgraph.Plan.load(file)
 
 
 def _table(rows: Sequence[tuple[str, ...]], headers: tuple[str, ...]) -> str:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from qgraph.artifact.foreign import Foreign, foreign_file, foreign_zip, names_in_zip
 from qgraph.errors import ArtifactError, UserError
+from qgraph.files import write_at_once
 
 FORMAT = "qgraph"
 VERSION = 1
@@ -41,7 +41,7 @@ def write_container(path: str | os.PathLike[str], kind: str, made_by: str, membe
     head = {"format": FORMAT, "version": VERSION, "kind": kind, "made_by": made_by}
     contents = {FORMAT_MEMBER: f"{json.dumps(head)}\n".encode(), **members}
     contents[CHECKSUMS_MEMBER] = _checksums(contents)
-    _write_at_once(_path(path), _zipped(contents))
+    write_at_once(_path(path), _zipped(contents))
 
 
 def _path(path: object) -> Path:
@@ -228,24 +228,3 @@ def _zipped(members: Mapping[str, bytes]) -> bytes:
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, data)
     return buffer.getvalue()
-
-
-def _write_at_once(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be written",
-            why=f"{type(error).__name__}: {error}",
-            fix="give the path of a file in an existing folder that you may write to",
-        ) from error

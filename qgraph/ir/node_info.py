@@ -49,6 +49,8 @@ class SitePlan:
         scheme: how a range becomes scale and zero point.
         fixed_zero: the zero point that goes with `fixed_scale`; None for that of a scale given by the user.
         same_scale: whether the site has the scale and zero point of the first operand instead of its own.
+        frozen: whether training leaves the scale as calibration found it.
+        fake_quant: kind of fake quantization.
     """
 
     format: Format
@@ -60,6 +62,8 @@ class SitePlan:
     scheme: Scheme = Scheme.SYMMETRIC
     fixed_zero: int | None = None
     same_scale: bool = False
+    frozen: bool = False
+    fake_quant: str = "fake_quant"
 
 
 @dataclass(frozen=True, slots=True)

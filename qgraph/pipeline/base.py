@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from torch import fx
+from torch import fx, nn
 
 from qgraph.ir.editor import Editor
 from qgraph.ir.node_info import ExampleInputs, Refusal
@@ -26,7 +26,8 @@ from qgraph.ir.stage import Stage
 from qgraph.rewrite import Rule, rewrite_graph
 
 if TYPE_CHECKING:
-    from qgraph.quantization.qconfig import QConfigSetter
+    from qgraph.quantization.config.query import SiteQuery
+    from qgraph.quantization.config.setters import QConfigSetter
     from qgraph.targets import Target
 
 
@@ -69,12 +70,16 @@ class PassContext:
         target: the hardware, for passes that decide or lower.
         setters: the user's quantization choices, highest priority first.
         execute: faster ways to run graphs of some stages for numeric checks; bit-identical to calling them.
+        classes: classes of the user's modules by path, for setters that go by type.
+        left_float: sites a pass left in float because the setters say so: their settings had an effect.
     """
 
     example: ExampleInputs | None = None
     target: Target | None = None
     setters: tuple[QConfigSetter, ...] = ()
     execute: Mapping[Stage, Execute] = field(default_factory=dict)
+    classes: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    left_float: list[SiteQuery] = field(default_factory=list)
 
     def edit(self, gm: fx.GraphModule, owner: Pass) -> Editor:
         """The editor through which `owner` changes `gm`."""

@@ -10,6 +10,8 @@ from qgraph.numerics import QParams, QType, Scheme, bias_codes, fake_quantize, q
 from qgraph.quantization.observers import Observer
 from qgraph.quantization.states import FakeQuantState
 
+FAKE_QUANT_KINDS = ("fake_quant",)
+
 
 class FakeQuantize(nn.Module):
     """Observes or rounds the values of one site, depending on its state.
@@ -21,6 +23,7 @@ class FakeQuantize(nn.Module):
         fixed_scale: a scale that no state ever changes.
         fixed_zero: the zero point that goes with it; that of `qparams_from_scale` if None.
         scheme: how a range becomes scale and zero point.
+        frozen: whether only calibration may change a known scale, so that training leaves it as it is.
 
     Buffers:
         scale: float32 `[]` or `[C]`; empty before the scale is known.
@@ -39,8 +42,11 @@ class FakeQuantize(nn.Module):
         fixed_scale: float | None = None,
         fixed_zero: int | None = None,
         scheme: Scheme = Scheme.SYMMETRIC,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
+        self.frozen = frozen
+        self._calibrating = False  # whether calibration has seen data the scale does not know yet
         self.site = site
         self.qtype = qtype
         self.observer = observer
@@ -71,9 +77,11 @@ class FakeQuantize(nn.Module):
         """`values` (float, any shape), rounded to the site's grid in QAT and VALIDATION, unchanged otherwise."""
         if self.state is FakeQuantState.FLOAT:
             return values
-        if self.state is not FakeQuantState.VALIDATION and self.observer is not None:
+        keeps = self.state is FakeQuantState.QAT and self.keeps_scale
+        if self.state is not FakeQuantState.VALIDATION and self.observer is not None and not keeps:
             self.observer(values)
             if self.state is FakeQuantState.CALIBRATION:
+                self._calibrating = True
                 return values
             self.settle()
         if self.state is FakeQuantState.CALIBRATION:
@@ -86,13 +94,19 @@ class FakeQuantize(nn.Module):
         Raises:
             QuantizationError: nothing was observed, or the values were not finite; the message names the site.
         """
-        if self.fixed_scale is not None or self.observer is None:
+        if self.fixed_scale is not None or self.observer is None or self.keeps_scale:
             return
         try:
             found = self.observer.qparams(self.qtype, self.scheme)
         except QuantizationError as error:
             raise QuantizationError(error.what, where=f"site {self.site}", why=error.why, fix=error.fix) from error
         self._keep(found)
+        self._calibrating = False
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether the scale is frozen as it is."""
+        return self.frozen and self.has_scale and not self._calibrating
 
     def _keep(self, qparams: QParams) -> None:
         self.scale = qparams.scale
@@ -149,7 +163,7 @@ class WeightFakeQuantize(FakeQuantize):
             if self.observer is not None and not self.observer.observed:
                 self.observer(values)
             return values
-        if self.state is FakeQuantState.QAT and self.observer is not None:
+        if self.state is FakeQuantState.QAT and self.observer is not None and not self.keeps_scale:
             self.observer.reset()
             self.observer(values)
             self.settle()

@@ -16,7 +16,7 @@ from qgraph.ir.op_table import FAKE_QUANT, QUANT_STUB
 from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
 from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
-from qgraph.quantization.qconfig import as_setters
+from qgraph.quantization.config.resolve import as_setters
 from qgraph.targets import Target, get_target
 
 # Order matters: constants fold before sharing is looked at; layers are taken apart before their linears are fused;
@@ -53,7 +53,8 @@ def prepare(
     Args:
         model: the float model in eval mode, float32; it is not changed.
         example_inputs: as for `trace`.
-        qconfig_setter: a `QConfig`, a setter, or a sequence of setters, most specific first; int8 everywhere if None.
+        qconfig_setter: a `QConfig`, a setter, a qconfig dict, a `Plan` or the path of one, or a sequence of these, most
+            specific first; int8 everywhere if None. `qconfig` attributes of modules beat all but a plan.
         method: capture method, as for `trace`.
         target: a target or its name.
         pipeline: the passes to run; those of `prepare_pipeline()` if None.
@@ -72,13 +73,15 @@ def prepare(
     """
     chosen = get_target(target)
     require_pipeline(pipeline)
-    setters = as_setters(qconfig_setter)
+    is_module = isinstance(model, nn.Module)
+    setters = as_setters(qconfig_setter, model if is_module else None)
+    classes = {path: type(child) for path, child in model.named_modules(remove_duplicate=False)} if is_module else {}
     if isinstance(model, nn.Module):
         _check_not_prepared(model)
         check_tensors(model)
     with paused_collection():
         gm = trace_shared(model, example_inputs, method, waive=waive, leaf_modules=leaf_modules, verify=verify)
-        ctx = PassContext(target=chosen, setters=setters)
+        ctx = PassContext(target=chosen, setters=setters, classes=classes)
         steps = pipeline or prepare_pipeline()
         result = steps.run(gm, ctx, checks=checks, observers=observers, in_place=True)
         _check_constants(result.gm)

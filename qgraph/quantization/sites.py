@@ -151,6 +151,8 @@ def _settle_weights(gm: fx.GraphModule, wanted: set[Quantizer]) -> None:
         if not isinstance(quantizer, WeightFakeQuantize) or quantizer not in left:
             continue
         left.discard(quantizer)
+        if quantizer.keeps_scale:
+            continue
         if quantizer.observer is not None:
             quantizer.observer.reset()
             quantizer.observer(module.weight)

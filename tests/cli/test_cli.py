@@ -8,6 +8,8 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import qgraph
 import qgraph.pipeline.registry as registry_module
@@ -202,3 +204,24 @@ def test_modules_are_imported_first(run, tmp_path: Path, monkeypatch: pytest.Mon
     failed = run("--import", "nothing_here", "targets")
     assert failed.code == 2
     assert "the module 'nothing_here' cannot be imported" in failed.err
+
+
+def test_plans(run, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()).eval()
+    example = torch.zeros(2, 4)
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    qgraph.Plan.of(qgraph.prepare(model, example)).save(one)
+    qgraph.Plan.of(qgraph.prepare(model, example, qgraph.get_qconfig(out_dtype="int16"))).save(two)
+    shown = run("plan", "show", str(one))
+    assert shown.code == 0
+    assert "Sequential on bpu: 4 sites" in shown.out
+    assert "0.weight" in shown.out
+    same = run("plan", "diff", str(one), str(one))
+    assert (same.code, same.out) == (0, "0 difference(s)\n")
+    other = run("plan", "diff", str(one), str(two))
+    assert other.code == 1
+    assert "1: format int8 -> int16" in other.out
+    for wrong in ("nothing.toml", "model.qgraph"):
+        failed = run("plan", "show", str(tmp_path / wrong))
+        assert failed.code == 2
+        assert wrong in failed.err

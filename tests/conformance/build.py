@@ -13,7 +13,8 @@ from torch import fx, nn
 from qgraph.errors import QuantizationError
 from qgraph.pipeline import CheckLevel
 from qgraph.quantization import convert, freeze, prepare
-from qgraph.quantization.qconfig import QConfig, SiteQuery
+from qgraph.quantization.config.qconfig import QConfig
+from qgraph.quantization.config.query import SiteQuery
 from qgraph.targets import Target
 from tests.conformance.operators import Chance
 from tests.conformance.program import Program

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "docs/artifacts.md",
+    "docs/configuration.md",
     "docs/exporting_onnx.md",
     "docs/writing_a_pass.md",
     "docs/adding_an_operator.md",

@@ -19,7 +19,7 @@ from qgraph.ir.text import print_graph
 from qgraph.numerics import qint8, qint16
 from qgraph.pipeline import CheckLevel, PassContext, Pipeline, PipelineResult
 from qgraph.quantization import DefaultQconfigSetter, ModuleNameQconfigSetter, QConfig, get_qconfig
-from qgraph.quantization.qconfig import as_setters
+from qgraph.quantization.config.resolve import as_setters
 from qgraph.targets import LegalFormats, OpRule, Target, get_target
 from tests.support.models import Attention, Forward, Residual, image
 from tests.support.passes import assert_idempotent

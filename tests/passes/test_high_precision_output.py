@@ -19,7 +19,7 @@ from qgraph.ir.op_table import QUANT_STUB
 from qgraph.numerics import qint8, qint32
 from qgraph.pipeline import CheckLevel, PassContext, Pipeline, PipelineResult
 from qgraph.quantization import ModuleNameQconfigSetter, QConfig, calibrate, convert, get_qconfig, prepare
-from qgraph.quantization.qconfig import as_setters
+from qgraph.quantization.config.resolve import as_setters
 from qgraph.simulator import Simulator
 from qgraph.targets import LegalFormats, OpRule, Target, get_target
 from tests.passes.models import check_values, printed
@@ -207,7 +207,7 @@ def test_an_explicit_format_is_overridden_on_record() -> None:
     model = Forward(lambda m, x: m.fc(x), fc=fc())
     gm = raised(model, x(), (ModuleNameQconfigSetter({"fc": get_qconfig(out_dtype="int16")}), QConfig())).gm
     (plan,) = (info(node).plan for node in gm.graph.nodes if info(node).site == "fc")
-    assert plan.overrode == ("module name: int16",)
+    assert plan.overrode == ("qconfig: int8", "module name: int16")
 
 
 def test_needs_dtypes() -> None:

@@ -18,8 +18,8 @@ from qgraph.ir.op_table import OPS
 from qgraph.numerics import parse_qtype
 from qgraph.pipeline import CheckLevel, PassContext, Pipeline
 from qgraph.quantization import ModuleNameQconfigSetter, QConfig, prepare
+from qgraph.quantization.config.resolve import as_setters
 from qgraph.quantization.prepare import PREPARE
-from qgraph.quantization.qconfig import as_setters
 from qgraph.targets import get_target
 from qgraph.targets.find import BUILT_IN
 from tests.lowering.indexing_cases import Case, module, of

@@ -25,8 +25,8 @@ from qgraph.quantization import (
     QConfig,
     get_qconfig,
 )
+from qgraph.quantization.config.resolve import as_setters
 from qgraph.quantization.fake_quantize import BiasFakeQuantize, WeightFakeQuantize
-from qgraph.quantization.qconfig import as_setters
 from tests.passes.models import check_values, printed
 from tests.support.models import Attention, Forward, Residual, image
 from tests.support.passes import nodes_of

@@ -24,7 +24,8 @@ from qgraph.quantization import (
     get_qconfig,
     prepare,
 )
-from qgraph.quantization.qconfig import SiteQuery, as_setters, check_all_used, resolve
+from qgraph.quantization.config.query import SiteQuery
+from qgraph.quantization.config.resolve import as_setters, check_all_used, resolve
 from tests.support.models import Residual, image
 
 INT16 = get_qconfig(out_dtype="int16")
@@ -75,7 +76,7 @@ def test_observers_by_class(spelling: type, name: str) -> None:
         (lambda: get_qconfig(fix_scale=float("inf")), "is not usable"),
         (lambda: get_qconfig(fix_scale=1e-45), "subnormal"),
         (lambda: get_qconfig(fix_scale="0.5"), "is no number"),
-        (lambda: get_qconfig(fix_scale=True), "is no number"),
+        (lambda: QConfig(fixed_scale=True), "is no number"),
         (lambda: get_qconfig(fix_scale=torch.tensor(0.5)), "is no number"),
     ],
 )
@@ -139,7 +140,7 @@ def test_members_of_a_fused_call_answer() -> None:
         ([("conv", INT16)], "was given a list"),
         ({1: INT16}, "the name 1 of a setting"),
         ({"conv": "int16"}, "the configuration for 'conv' is a str"),
-        ({"conv": None}, "the configuration for 'conv' is a NoneType"),
+        ({"conv": 3}, "the configuration for 'conv' is a int"),
     ],
 )
 def test_wrong_names(names: object, words: str) -> None:
@@ -172,8 +173,10 @@ def test_what_is_no_setter(wrong: object) -> None:
 
 def test_the_first_answer_counts() -> None:
     first, second = ModuleNameQconfigSetter({"a": INT16}), DefaultQconfigSetter(QConfig(), "mine")
-    assert resolve((first, second), query("a")) == (INT16, "module name")
-    assert resolve((first, second), query("b")) == (QConfig(), "mine")
+    decision = resolve((first, second), query("a"))
+    assert (decision.qconfig, decision.rule, decision.overrode) == (INT16, "module name", ("mine: int8",))
+    decision = resolve((first, second), query("b"))
+    assert (decision.qconfig, decision.rule, decision.overrode) == (QConfig(), "mine", ())
 
 
 def test_nobody_answers() -> None:
