@@ -75,7 +75,8 @@ class FakeQuantize(nn.Module):
             self.observer(values)
             if self.state is FakeQuantState.CALIBRATION:
                 return values
-            self.settle()
+            if self.observer.due or not self.has_scale:
+                self.settle()
         if self.state is FakeQuantState.CALIBRATION:
             return values
         return fake_quantize(values, self.qparams())
