@@ -106,7 +106,7 @@ class Distribution:
 
 
 def merge_bins(counts: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """Counts `[..., 2 * bins - 1]` after merging bins in pairs `times` (int64 `[...]`) times; the outer ones are empty."""
+    """Counts `[..., 2 * bins - 1]` after merging bins in pairs `times` (int64 `[...]`) times; outer ones end empty."""
     bins = (counts.shape[-1] + 1) // 2
     index = torch.arange(1 - bins, bins, device=counts.device)
     moved = index.sign() * (index.abs() >> times.clamp(max=62).unsqueeze(-1))

@@ -12,8 +12,9 @@ from qgraph.errors import QuantizationError, StateError
 from qgraph.numerics import QType, Scheme
 from qgraph.quantization.observers.base import Observer
 from qgraph.quantization.observers.distribution import Distribution, merge_bins
-from qgraph.quantization.observers.search import MSESearch, Search, power_of_two
+from qgraph.quantization.observers.search import Search, power_of_two
 from qgraph.quantization.observers.searches import search_of, text_of
+from qgraph.quantization.observers.spec import ObserverSpec
 
 _LOWEST = -100
 """Exponent of the smallest top: below it `bins / top` would leave float32."""
@@ -112,6 +113,11 @@ class HistogramObserver(Observer):
         found = [self.search.find(seen, qtype, scheme) for seen in self.distributions()]
         low, high = torch.tensor(found, dtype=torch.float64).to(self.min_val).unbind(1)
         return low.reshape(self.min_val.shape), high.reshape(self.min_val.shape)
+
+    @property
+    def text(self) -> str:
+        """The text form of an observer that does the same."""
+        return str(ObserverSpec("histogram", (("bins", self.bins), ("search", text_of(self.search)))))
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}, search={text_of(self.search)}, {super().extra_repr()}"

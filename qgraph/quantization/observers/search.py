@@ -123,11 +123,10 @@ class ClipStdSearch(Search):
 
 
 def least_error(
-    seen: Distribution, ranges: list[tuple[float, float]], qtype: QType, scheme: Scheme, metric: str = "mse"
+    seen: Distribution, ranges: list[tuple[float, float]], qtype: QType, scheme: Scheme
 ) -> tuple[float, float]:
-    """The first of the `ranges` with the least error."""
-    errors = seen.errors(ranges, qtype, scheme, metric)
-    return ranges[first_least(errors)]
+    """The first of the `ranges` with the least mean squared error."""
+    return ranges[first_least(seen.errors(ranges, qtype, scheme, "mse"))]
 
 
 def number(name: str, value: Any, above: float, most: float) -> None:
