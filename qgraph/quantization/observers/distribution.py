@@ -21,8 +21,7 @@ class Distribution:
     """How often which values occurred; searches work on it, in float64 on the CPU.
 
     Args:
-        counts: int64 `[2 * bins - 1]`; entry `bins - 1 + i` counts values `x` with `trunc(x / width) == i`, so that
-            the middle one holds both signs.
+        counts: int64 `[2 * bins]`; entry `bins - 1 + i` counts values `x` with `ceil(x / width) == i`.
         width: of a bin, a power of two.
         low, high: the smallest and largest value, finite.
     """
@@ -35,7 +34,7 @@ class Distribution:
     @property
     def bins(self) -> int:
         """Bins per sign."""
-        return (self.counts.numel() + 1) // 2
+        return self.counts.numel() // 2
 
     @property
     def reach(self) -> float:
@@ -44,17 +43,16 @@ class Distribution:
 
     @cached_property
     def edges(self) -> torch.Tensor:
-        """float64 `[2 * bins]`: ends of the bins, cut to where values are."""
-        right = torch.arange(1, self.bins + 1, dtype=torch.float64) * self.width
-        return torch.cat([-right.flip(0), right]).clamp(self.low, self.high)
+        """float64 `[2 * bins + 1]`: ends of the bins, cut to where values are.
+
+        Where none is negative, the bin of zero has no width: nothing but zeros is in it.
+        """
+        return (torch.arange(-self.bins, self.bins + 1, dtype=torch.float64) * self.width).clamp(self.low, self.high)
 
     @cached_property
     def magnitudes(self) -> torch.Tensor:
-        """int64 `[bins]`: the histogram of `|x|`."""
-        middle = self.bins - 1
-        result = self.counts[middle:].clone()
-        result[1:] += self.counts[:middle].flip(0)
-        return result
+        """int64 `[bins]`: the histogram of `|x|`; values on an edge count below it if positive, else above."""
+        return self.counts[self.bins :] + self.counts[: self.bins].flip(0)
 
     @cached_property
     def occupied(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,7 +65,7 @@ class Distribution:
         step = (self.bins // bins).bit_length() - 1
         counts = merge_bins(self.counts, torch.tensor(step))
         spare = self.bins - bins
-        return Distribution(counts[spare : counts.numel() - spare], self.width * 2**step, self.low, self.high)
+        return Distribution(counts[spare : spare + 2 * bins], self.width * 2**step, self.low, self.high)
 
     def quantile(self, part: float) -> float:
         """The value that `part` (0 to 1) of all values do not exceed, linear within a bin."""
@@ -75,7 +73,8 @@ class Distribution:
 
     def magnitude_quantile(self, part: float) -> float:
         """As `quantile`, for `|x|`."""
-        edges = (torch.arange(self.bins + 1, dtype=torch.float64) * self.width).clamp(max=self.reach)
+        least = max(self.low, -self.high, 0.0)
+        edges = (torch.arange(self.bins + 1, dtype=torch.float64) * self.width).clamp(least, self.reach)
         return _quantile(self.magnitudes, edges, part)
 
     def clipped(self, threshold: float) -> tuple[float, float]:
@@ -106,10 +105,10 @@ class Distribution:
 
 
 def merge_bins(counts: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """Counts `[..., 2 * bins - 1]` after merging bins in pairs `times` (int64 `[...]`) times; outer ones end empty."""
-    bins = (counts.shape[-1] + 1) // 2
-    index = torch.arange(1 - bins, bins, device=counts.device)
-    moved = index.sign() * (index.abs() >> times.clamp(max=62).unsqueeze(-1))
+    """Counts `[..., 2 * bins]` after merging bins in pairs `times` (int64 `[...]`) times; the outer ones end empty."""
+    bins = counts.shape[-1] // 2
+    index = torch.arange(1 - bins, bins + 1, device=counts.device)
+    moved = -(-index >> times.clamp(max=62).unsqueeze(-1))  # ceil(index / 2**times)
     return torch.zeros_like(counts).scatter_add(-1, (moved + bins - 1).expand_as(counts), counts)
 
 

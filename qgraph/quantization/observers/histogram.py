@@ -35,8 +35,8 @@ class HistogramObserver(Observer):
         ch_axis: as for `Observer`.
 
     Buffers, beside those of `Observer`:
-        counts: int64 `[2 * bins - 1]` or `[C, 2 * bins - 1]`; entry `bins - 1 + i` counts values `x` with
-            `trunc(x * bins / 2**exponent) == i`.
+        counts: int64 `[2 * bins]` or `[C, 2 * bins]`; entry `bins - 1 + i` counts values `x` with
+            `ceil(x * bins / 2**exponent) == i`, so that zeros have a bin of their own where nothing is negative.
         exponent: int64 `[]` or `[C]`.
     """
 
@@ -69,7 +69,8 @@ class HistogramObserver(Observer):
         self, values: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts and exponent of finite float32 values."""
-        exponent = torch.frexp(torch.maximum(-low, high)).exponent.long().clamp(min=_LOWEST)
+        reach = torch.maximum(-low, high)
+        exponent = torch.frexp(reach).exponent.long().clamp(min=_LOWEST).where(reach > 0, _LOWEST)
         if self._has_range:
             exponent = torch.maximum(exponent, self.exponent)
         if self.ch_axis < 0:
@@ -104,7 +105,7 @@ class HistogramObserver(Observer):
         """
         if not self._has_range or not self._finite:
             raise QuantizationError("the histogram is empty or holds values that are not finite")
-        rows = self.counts.reshape(-1, 2 * self.bins - 1).cpu()
+        rows = self.counts.reshape(-1, 2 * self.bins).cpu()
         tops, lows, highs = (each.reshape(-1).tolist() for each in (self.exponent, self.min_val, self.max_val))
         for row, top, low, high in zip(rows, tops, lows, highs, strict=True):
             yield Distribution(row, math.ldexp(1.0, top) / self.bins, low, high)
@@ -131,22 +132,22 @@ class HistogramObserver(Observer):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         saved = state_dict.get(prefix + "counts")
-        if saved is not None and saved.numel() and saved.shape[-1] != 2 * self.bins - 1:
+        if saved is not None and saved.numel() and saved.shape[-1] != 2 * self.bins:
             raise StateError(
-                f"the saved histogram {prefix}counts has {(saved.shape[-1] + 1) // 2} bins, this observer {self.bins}",
+                f"the saved histogram {prefix}counts has {saved.shape[-1] // 2} bins, this observer {self.bins}",
                 fix="load into a graph prepared with the settings of the saved one",
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _bincount(values: torch.Tensor, exponent: int, bins: int, *, signed: bool) -> torch.Tensor:
-    """Counts `[2 * bins - 1]` of finite float32 values with magnitudes below `2**exponent`."""
+    """Counts `[2 * bins]` of finite float32 values with magnitudes below `2**exponent`."""
     factor = math.ldexp(float(bins), -exponent)  # a power of two: the product is exact, so bins merge exactly
-    flat = values.reshape(-1)
-    total = torch.zeros(2 * bins - 1, dtype=torch.int64, device=values.device)
+    flat = values.reshape(-1) if factor >= 1 else values.reshape(-1).double()  # float32 could underflow to zero
+    total = torch.zeros(2 * bins, dtype=torch.int64, device=values.device)
     part = total if signed else total[bins - 1 :]
     for chunk in flat.split(_CHUNK) if flat.device.type == "cpu" else (flat,):
-        index = (chunk * factor).to(torch.int32)
+        index = (chunk * factor).ceil_().to(torch.int32)
         if signed:
             index += bins - 1
         part += torch.bincount(index, minlength=part.numel())

@@ -15,6 +15,9 @@ from qgraph.numerics import QType, Scheme
 from qgraph.quantization.observers.distribution import Distribution
 from qgraph.quantization.observers.search import Search, first_least, power_of_two
 
+_BLOCK = 1 << 22
+"""Entries of the largest table at a time: thresholds by bins."""
+
 
 @dataclass(frozen=True)
 class KLSearch(Search):
@@ -36,9 +39,9 @@ class KLSearch(Search):
     def find(self, seen: Distribution, qtype: QType, scheme: Scheme) -> tuple[float, float]:
         coarse = seen.coarsened(min(self.bins, seen.bins))
         used = max(int(coarse.magnitudes.nonzero().max()) + 1, 1)
-        tried = range(used, min(_levels(seen, qtype, scheme), used) - 1, -1)
-        loss = torch.tensor([divergence(coarse.magnitudes, kept, tried[-1]) for kept in tried], dtype=torch.float64)
-        kept = tried[first_least(loss)]
+        levels = min(_levels(seen, qtype, scheme), used)
+        tried = torch.arange(used, levels - 1, -1)
+        kept = int(tried[first_least(divergence(coarse.magnitudes, tried, levels))])
         return seen.clipped(seen.reach if kept == used else kept * coarse.width)
 
 
@@ -50,28 +53,35 @@ def _levels(seen: Distribution, qtype: QType, scheme: Scheme) -> int:
     return ceil(codes * seen.reach / (max(seen.high, 0.0) - min(seen.low, 0.0)))
 
 
-def divergence(counts: torch.Tensor, kept: int, levels: int) -> float:
-    """Divergence of the values, clipped to `kept` bins, from what `levels` codes make of those bins.
+def divergence(counts: torch.Tensor, kept: torch.Tensor, levels: int) -> torch.Tensor:
+    """Divergence of the values, clipped to the first bins, from what `levels` codes make of those bins.
 
     Args:
         counts: int64 `[bins]`, the histogram of magnitudes.
-        kept: bins below the threshold; values above count for the last of them.
+        kept: int64 `[K]`, bins below each threshold; values above count for the last of them.
         levels: codes, at most `kept`.
 
     Returns:
-        The divergence in nats; infinite where a value has no code, as when only values above the threshold are in the
+        float64 `[K]`, in nats; infinite where a value has no code, as when only values above the threshold are in the
         last bin.
     """
-    inner = counts[:kept].double()
-    clipped = inner.clone()
-    clipped[-1] += counts[kept:].sum()
-    code = torch.arange(kept) * levels // kept
-    filled = (inner > 0).double()
-    sums = torch.zeros(levels, dtype=torch.float64).index_add(0, code, inner)
-    shares = torch.zeros(levels, dtype=torch.float64).index_add(0, code, filled)
-    coded = filled * (sums / shares.clamp(min=1))[code]
-    if bool(((clipped > 0) & (coded == 0)).any()):
-        return float("inf")
-    there = clipped > 0
-    p, q = clipped[there] / clipped.sum(), coded[there] / coded.sum()
-    return float((p * (p / q).log()).sum())
+    per_block = max(_BLOCK // counts.numel(), 1)
+    return torch.cat([_divergence(counts.double(), block.unsqueeze(1), levels) for block in kept.split(per_block)])
+
+
+def _divergence(counts: torch.Tensor, kept: torch.Tensor, levels: int) -> torch.Tensor:
+    bins = torch.arange(counts.numel())
+    inside, filled = bins < kept, (counts > 0).double()
+    starts = (torch.arange(levels + 1) * kept + levels - 1) // levels  # of each code's bins
+    share = _sums(counts, starts) / _sums(filled, starts).clamp(min=1)
+    code = (bins * levels // kept).clamp(max=levels - 1)
+    coded = torch.where(inside, filled * share.gather(1, code), 0.0)
+    clipped = torch.where(inside, counts, 0.0).scatter_add(1, kept - 1, torch.where(inside, 0.0, counts).sum(1, True))
+    p, q = clipped / clipped.sum(1, True), coded / coded.sum(1, True).clamp(min=1)
+    return torch.where(p > 0, p * torch.where(p > 0, p / q, 1.0).log(), 0.0).sum(1)
+
+
+def _sums(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Sums of `values` between neighbouring `starts` `[K, L + 1]`: `[K, L]`."""
+    before = torch.cat([values.new_zeros(1), values.cumsum(0)])[starts]
+    return before[:, 1:] - before[:, :-1]
