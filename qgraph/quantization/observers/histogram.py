@@ -49,7 +49,9 @@ class HistogramObserver(Observer):
         super().__init__(ch_axis)
         power_of_two("bins", bins)
         self.bins = bins
-        self.search = search_of(search) if isinstance(search, str) else search
+        if not isinstance(search, (str, Search)):
+            raise QuantizationError(f"search is {search!r}", fix="give a text such as 'percentile(percentile=99.9)'")
+        self.search: Search = search_of(search) if isinstance(search, str) else search
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("exponent", torch.zeros(0, dtype=torch.int64))
 

@@ -23,7 +23,7 @@ class ObserverSpec:
         options: name and value of each; kept in order of name, so that equal specs have equal texts.
 
     Raises:
-        QuantizationError: a value is no number, text, truth value or tuple of these.
+        QuantizationError: a value is no number, text, truth value or tuple of these, or an option is given twice.
     """
 
     name: str
@@ -32,6 +32,10 @@ class ObserverSpec:
     def __post_init__(self) -> None:
         given = self.options.items() if isinstance(self.options, Mapping) else self.options
         options = tuple(sorted((str(key), _literal(self.name, str(key), value)) for key, value in given))
+        names = [key for key, _ in options]
+        twice = next((key for key in names if names.count(key) > 1), None)
+        if twice is not None:
+            raise QuantizationError(f"option {twice} of {self.name} is given twice", fix="give it once")
         object.__setattr__(self, "options", options)
 
     @classmethod

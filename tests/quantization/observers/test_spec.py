@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qgraph.errors import QuantizationError
+from qgraph.errors import QuantizationError, UserError
 from qgraph.numerics import qint8
 from qgraph.quantization import (
     ClipStdObserver,
@@ -51,12 +51,19 @@ def test_texts(text: str, printed: str) -> None:
     assert get_qconfig(observer=text).activation_observer == printed
 
 
+def test_an_option_given_twice() -> None:
+    with pytest.raises(QuantizationError, match="option bins of kl is given twice"):
+        ObserverSpec("kl", (("bins", 512), ("bins", 1024)))
+    with pytest.raises(QuantizationError, match="names no observer"):
+        ObserverSpec.parse("kl(bins=512, bins=1024)")
+
+
 def test_order_does_not_matter() -> None:
     assert ObserverSpec("a", (("y", 1), ("x", 2))) == ObserverSpec("a", (("x", 2), ("y", 1)))
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1", "a b", "a(", "a(1)", "a(b)", "a(**{})", "a.b", "a(b=c)", "a(b=1)(c=2)", "a(b=1, b=2)", "a + b"]
+    "text", ["", "1", "a b", "a(", "a(1)", "a(b)", "a(**{})", "a.b", "a(b=c)", "a(b=1)(c=2)", "a + b"]
 )
 def test_texts_of_another_form(text: str) -> None:
     with pytest.raises(QuantizationError, match="names no observer"):
@@ -79,13 +86,14 @@ def test_texts_of_another_form(text: str) -> None:
         ("histogram(search=3)", "search is 3"),
         ("mix(percentiles=(1, None))", "option percentiles of mix"),
         ("fixed_scale", "needs scale"),
+        ("kl(bins=3)", "give 2 or 4"),
         ("fixed_scale(scale=0.0)", "is not usable"),
         ("fixed_scale(scale='a')", "are no numbers"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(text: str, words: str) -> None:
     for call in (lambda: QConfig(activation_observer=text), lambda: observer_name(text)):
-        with pytest.raises(QuantizationError) as caught:
+        with pytest.raises(UserError) as caught:
             call()
         assert words in str(caught.value)
 
