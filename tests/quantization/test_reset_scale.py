@@ -21,11 +21,13 @@ from qgraph.quantization import (
     set_fake_quantize,
 )
 from qgraph.quantization.fake_quantize import BiasFakeQuantize, FakeQuantize
+from qgraph.quantization.observers import HistogramObserver
+from qgraph.quantization.observers.search import Search
 from qgraph.quantization.sites import quantizers
 from tests.support.models import Residual, image
 
 BATCHES = [torch.randn(2, 3, 8, 8) * (1 + step) for step in range(3)]
-MODEL = Residual()
+MODEL = Residual().eval()
 
 
 def calibrated(observer: str = "histogram", target: str | None = None, **more: QConfig) -> fx.GraphModule:
@@ -131,6 +133,8 @@ def test_wrong_requests() -> None:
     assert "did you mean 'percentile'" in refused(gm, "percentile", {"percent": 3})
     assert "did you mean 'conv1'" in refused(gm, "mse", prefix="conv11")
     assert "no such site has the format int16" in refused(gm, "mse", dtype="int16")
+    with pytest.raises(QuantizationError, match="stride of mse is given twice"):
+        reset_scale(gm, "mse(stride=2)", {"stride": 3})
     assert "unknown number format" in refused(gm, "mse", dtype="int17x")
     fresh = prepare(MODEL, image(), QConfig(activation_observer="histogram"))
     assert "have not been calibrated" in refused(fresh, "mse")
@@ -153,14 +157,11 @@ def test_a_damaged_histogram_changes_nothing() -> None:
     assert isinstance(site, FakeQuantize)
     assert site.observer is not None
     site.observer(torch.tensor([float("nan")]))
-    searches = {
-        m.site: m.observer.search
-        for m in quantizers(gm)
-        if hasattr(m, "observer") and m.observer and hasattr(m.observer, "search")
-    }
+    before = searches(gm)
     assert "site conv2" in refused(gm, "max")
-    assert searches == {
-        m.site: m.observer.search
-        for m in quantizers(gm)
-        if hasattr(m, "observer") and m.observer and hasattr(m.observer, "search")
-    }
+    assert searches(gm) == before
+
+
+def searches(gm: fx.GraphModule) -> dict[str, Search]:
+    found = [m for m in quantizers(gm) if isinstance(m, FakeQuantize)]
+    return {m.site: m.observer.search for m in found if isinstance(m.observer, HistogramObserver)}

@@ -178,8 +178,8 @@ def test_ranges_lie_within_the_data(kind: type[Observer], qtype: object, scheme:
     observer = seeing(kind(), torch.tensor(values))
     low, high = observer.range_for(qtype, scheme)
     assert float(low) <= float(high)
-    assert min(values + [0.0]) <= float(low)
-    assert float(high) <= max(values + [0.0])
+    assert min([*values, 0.0]) <= float(low)
+    assert float(high) <= max([*values, 0.0])
     assert observer.qparams(qtype, scheme).scale > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def loop_error(d: Distribution, low: float, high: float, qtype: QType, scheme: S
             continue
         steps = np.arange(math.floor(lower / scale) - 1, math.ceil(upper / scale) + 2)
         cuts = np.clip(np.unique(np.concatenate([steps * scale, (steps + 0.5) * scale, [first, last]])), lower, upper)
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+        for a, b in pairwise(cuts):
             code = min(max(round((a + b) / 2 / scale) * scale, first), last)
             mass = abs(abs(b - code) ** (power + 1) - abs(a - code) ** (power + 1)) / (power + 1)
             total += count * mass / (upper - lower)
