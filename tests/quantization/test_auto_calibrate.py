@@ -127,16 +127,16 @@ def test_fixed_scales_are_left_alone() -> None:
 
 def test_it_lowers_the_error_of_the_model() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
-    data = [torch.distributions.StudentT(2.0).sample((256, 8)) for _ in range(4)]
-    inner = data[0].abs().amax(1) < 4
-    x = data[0][inner]
+    data = [torch.randn(6400, 8) for _ in range(4)]
+    data[2][100, 3] = 40.0
+    x = data[0]
     errors = []
     for calibrated in (calibrate, auto_calibrate):
-        gm = prepare(model, data[0][:2])
+        gm = prepare(model, x[:2])
         calibrated(gm, data, progress=False)
         with torch.no_grad():
             errors.append(float(((gm(x) - model(x)) ** 2).mean()))
-    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.75 * errors[0]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_texts(text: str, printed: str) -> None:
 def test_an_option_given_twice() -> None:
     with pytest.raises(QuantizationError, match="option bins of kl is given twice"):
         ObserverSpec("kl", (("bins", 512), ("bins", 1024)))
-    with pytest.raises(QuantizationError, match="given twice|names no observer"):
+    with pytest.raises(QuantizationError, match=r"given twice|names no observer"):
         ObserverSpec.parse("kl(bins=512, bins=1024)")
 
 
