@@ -15,6 +15,7 @@ PAGES = [
     "README.md",
     "docs/artifacts.md",
     "docs/exporting_onnx.md",
+    "docs/observers.md",
     "docs/writing_a_pass.md",
     "docs/adding_an_operator.md",
     "docs/writing_a_target.md",
