@@ -50,7 +50,9 @@ def reset_scale(
     gm = require_prepared(model, "reset_scale")
     require_float32(gm)
     spec = ObserverSpec.parse(method)
-    if method_kwargs:
+    if method_kwargs is not None:
+        if not isinstance(method_kwargs, Mapping):
+            raise UserError(f"method_kwargs is {method_kwargs!r}", fix='give names and values: {"percentile": 99.9}')
         spec = ObserverSpec(spec.name, (*spec.options, *method_kwargs.items()))
     search = spec.make(SEARCHES, "method")
     chosen = _chosen(gm, dtype, prefix)

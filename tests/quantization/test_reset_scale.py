@@ -131,6 +131,8 @@ def test_wrong_requests() -> None:
     gm = calibrated()
     assert "did you mean 'percentile'" in refused(gm, "percentle")
     assert "did you mean 'percentile'" in refused(gm, "percentile", {"percent": 3})
+    assert "method_kwargs is 3" in refused(gm, "percentile", 3)
+    assert "3 is no text" in refused(gm, 3)
     assert "did you mean 'conv1'" in refused(gm, "mse", prefix="conv11")
     assert "no such site has the format int16" in refused(gm, "mse", dtype="int16")
     with pytest.raises(QuantizationError, match="stride of mse is given twice"):

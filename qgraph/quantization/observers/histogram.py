@@ -93,7 +93,9 @@ class HistogramObserver(Observer):
 
     @staticmethod
     def _grown(counts: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        return merge_bins(counts, times) if bool(times.any()) else counts
+        if not bool(times.any()):
+            return counts
+        return merge_bins(counts.cpu(), times.cpu()).to(counts.device)  # small, rare, and deterministic there
 
     def _merge_more(self, other: Observer) -> None:
         assert isinstance(other, HistogramObserver)

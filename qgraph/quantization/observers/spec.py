@@ -45,6 +45,8 @@ class ObserverSpec:
         Raises:
             QuantizationError: it has another form.
         """
+        if not isinstance(text, str):
+            raise QuantizationError(f"{text!r} is no text", fix=_FORM)
         try:
             tree = ast.parse(text.strip(), mode="eval").body
             if isinstance(tree, ast.Name):
