@@ -9,11 +9,13 @@ from typing import TypeAlias
 
 import torch
 
-from qgraph.numerics import QParams, QType, Scheme, choose_qparams
+from qgraph.numerics import QType, Scheme, choose_qparams
 
 _Formula: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _NARROW = 1e-6
 """Bins below this part of the reach count as points: the difference of two integrals would be rounding noise."""
+_BLOCK = 1 << 14
+"""Entries of the largest table at a time, grids by bins: small ones stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +97,22 @@ class Distribution:
         """
         bounds = torch.tensor(ranges, dtype=torch.float64).to(torch.float32)
         grids = choose_qparams(bounds[:, 0], bounds[:, 1], qtype, scheme=scheme, axis=0)
-        point, integral = METRICS[metric]
+        step, zero = grids.scale.double().unsqueeze(1), grids.zero_points().unsqueeze(1)
+        table = torch.cat([step, (qtype.qmin - zero) * step, (qtype.qmax - zero) * step], dim=1)
+        per_block = max(_BLOCK // self.occupied[0].numel(), 1)
+        return torch.cat([self._errors(grid, *METRICS[metric]) for grid in table.split(per_block)])
+
+    def _errors(self, grids: torch.Tensor, point: _Formula, integral: _Formula) -> torch.Tensor:
+        """Mean errors `[K]` for rows `step, lowest value, highest value` of `grids` `[K, 3]`."""
         counts, lower, upper = self.occupied
-        middle, size = (lower + upper) / 2, upper - lower
-        narrow = size <= _NARROW * self.reach
-        spread = _apply(integral, upper, grids) - _apply(integral, lower, grids)
-        per_bin = torch.where(narrow, _apply(point, middle, grids), spread / torch.where(narrow, 1.0, size))
-        return (per_bin * counts).sum(1) / counts.sum()
+        narrow = upper - lower <= _NARROW * self.reach
+        middle = ((lower + upper) / 2)[narrow]
+        sums = (_apply(point, middle, grids) * counts[narrow]).sum(1)
+        low, high = lower[~narrow], upper[~narrow]
+        ends, where = torch.unique(torch.cat([low, high]), return_inverse=True)  # neighbours share theirs
+        first, last = _apply(integral, ends, grids)[:, where].split(low.numel(), dim=1)
+        sums += ((last - first) * (counts[~narrow] / (high - low))).sum(1)
+        return sums / counts.sum()
 
 
 def merge_bins(counts: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -120,11 +131,10 @@ def _quantile(counts: torch.Tensor, edges: torch.Tensor, part: float) -> float:
     return float(edges[index] + inside * (edges[index + 1] - edges[index]))
 
 
-def _apply(formula: _Formula, x: torch.Tensor, grids: QParams) -> torch.Tensor:
-    """A formula at values `[M]` for grids `[K]`: `[K, M]`."""
-    step = grids.scale.double().unsqueeze(1)
-    zero = grids.zero_points().unsqueeze(1)
-    inside = x.clamp((grids.qtype.qmin - zero) * step, (grids.qtype.qmax - zero) * step)
+def _apply(formula: _Formula, x: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """A formula at values `[M]` for grids `[K, 3]`: `[K, M]`."""
+    step, lowest, highest = grids.unsqueeze(2).unbind(1)
+    inside = x.clamp(lowest, highest)
     whole = torch.round(inside / step)
     return formula(step, whole, inside / step - whole, x - inside)
 
