@@ -110,7 +110,7 @@ class Distribution:
         sums = (_apply(point, middle, grids) * counts[narrow]).sum(1)
         low, high = lower[~narrow], upper[~narrow]
         ends, where = torch.unique(torch.cat([low, high]), return_inverse=True)  # neighbours share theirs
-        first, last = _apply(integral, ends, grids)[:, where].split(low.numel(), dim=1)
+        first, last = _apply(integral, ends, grids)[:, where].tensor_split(2, dim=1)
         sums += ((last - first) * (counts[~narrow] / (high - low))).sum(1)
         return sums / counts.sum()
 
