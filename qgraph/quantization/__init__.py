@@ -1,5 +1,6 @@
 """Quantization of captured graphs: configuration, observers, states, and the three steps of a user's road."""
 
+from qgraph.quantization.auto_calibrate import AutoCalibration, SiteChoice, auto_calibrate
 from qgraph.quantization.calibrate import calibrate
 from qgraph.quantization.config.qconfig import (
     QConfig,
@@ -41,31 +42,60 @@ from qgraph.quantization.config.templates import (
 from qgraph.quantization.convert import convert, convert_pipeline, freeze
 from qgraph.quantization.fake_quantize import FakeQuantize
 from qgraph.quantization.observers import (
+    ClipStdObserver,
+    FixedScaleObserver,
+    HistogramObserver,
+    KLObserver,
     MinMaxObserver,
+    MixObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    MSEObserver,
     Observer,
+    ObserverSpec,
+    PercentileObserver,
     PerChannelMinMaxObserver,
 )
 from qgraph.quantization.plan import Plan, PlanChange, PlannedSite
 from qgraph.quantization.prepare import prepare, prepare_pipeline
+from qgraph.quantization.qconfig import (
+    DefaultQconfigSetter,
+    ModuleNameQconfigSetter,
+    QConfig,
+    QConfigSetter,
+    calibration_8bit_weight_16bit_act_qconfig_setter,
+    default_calibration_qconfig_setter,
+    default_qat_qconfig_setter,
+    get_qconfig,
+    qat_8bit_weight_16bit_act_qconfig_setter,
+)
+from qgraph.quantization.reset_scale import reset_scale
 from qgraph.quantization.sites import set_fake_quantize
 from qgraph.quantization.states import FakeQuantState
 
 __all__ = [
+    "AutoCalibration",
+    "ClipStdObserver",
     "ConvDtypeTemplate",
     "DefaultQconfigSetter",
     "FakeQuantState",
     "FakeQuantize",
+    "FixedScaleObserver",
+    "HistogramObserver",
+    "KLObserver",
+    "MSEObserver",
     "MatmulDtypeTemplate",
     "MinMaxObserver",
+    "MixObserver",
     "ModuleNameQconfigSetter",
     "ModuleNameTemplate",
     "ModuleTypeQconfigSetter",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
     "Observer",
+    "ObserverSpec",
     "PerChannelMinMaxObserver",
+    "PercentileObserver",
     "Plan",
     "PlanChange",
     "PlannedSite",
@@ -74,8 +104,10 @@ __all__ = [
     "QconfigSetter",
     "SensitivityTemplate",
     "Setting",
+    "SiteChoice",
     "SiteQuery",
     "Threshold",
+    "auto_calibrate",
     "calibrate",
     "calibration_8bit_weight_16bit_act_qconfig_setter",
     "convert",
@@ -92,6 +124,7 @@ __all__ = [
     "prepare_pipeline",
     "qat_8bit_weight_16bit_act_qconfig_setter",
     "qat_8bit_weight_16bit_fixed_act_qconfig_setter",
+    "reset_scale",
     "sensitive_op_8bit_weight_16bit_act_calibration_setter",
     "sensitive_op_8bit_weight_16bit_act_qat_setter",
     "sensitive_op_calibration_8bit_weight_16bit_act_qconfig_setter",

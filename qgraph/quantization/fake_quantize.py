@@ -83,7 +83,8 @@ class FakeQuantize(nn.Module):
             if self.state is FakeQuantState.CALIBRATION:
                 self._calibrating = True
                 return values
-            self.settle()
+            if self.observer.due or not self.has_scale:
+                self.settle()
         if self.state is FakeQuantState.CALIBRATION:
             return values
         return fake_quantize(values, self.qparams())

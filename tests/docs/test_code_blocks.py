@@ -16,6 +16,7 @@ PAGES = [
     "docs/artifacts.md",
     "docs/configuration.md",
     "docs/exporting_onnx.md",
+    "docs/observers.md",
     "docs/writing_a_pass.md",
     "docs/adding_an_operator.md",
     "docs/writing_a_target.md",

@@ -69,7 +69,7 @@ def test_observers_by_class(spelling: type, name: str) -> None:
         (lambda: QConfig(output=None), "unknown number format"),
         (lambda: QConfig(weight=8), "unknown number format"),
         (lambda: get_qconfig(observer="minmax"), "did you mean 'min_max'"),
-        (lambda: QConfig(weight_observer="histogram"), "no observer is named 'histogram'"),
+        (lambda: QConfig(weight_observer="histograms"), "no observer is named 'histograms'"),
         (lambda: get_qconfig(fix_scale=0.0), "fixed scale of 0.0 is not usable"),
         (lambda: get_qconfig(fix_scale=-1), "give a finite scale > 0"),
         (lambda: get_qconfig(fix_scale=float("nan")), "is not usable"),
