@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from qgraph.ir.node_info import Refusal, info
+from qgraph.ir.node_info import Refusal, graph_info, info, update_graph_info
 from qgraph.ir.stage import Stage
 from qgraph.numerics import QType, qint8
 from qgraph.pipeline import Pass, PassContext, PassResult
@@ -64,6 +64,7 @@ class EqualizeChannels(Pass):
                 notes.append(describe(axes, choice))
         if wanted:
             apply_factors(axes, wanted, edit)
+            update_graph_info(gm, notes=(*graph_info(gm).notes, *notes))
         return PassResult(gm, edit.changes > 0, tuple(notes), tuple(refusals))
 
 

@@ -27,6 +27,7 @@ Levels = Callable[[fx.Node], "tuple[QType | None, QType]"]
 """For a call of a layer: the formats of its input and of its weight; None for an input that is not rounded."""
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_SHIFTS = (0.0, 0.25, 0.5, 0.75)  # where rounding to powers of two goes up or down
 _LARGEST_EXPONENT = 20
 
 
@@ -91,20 +92,20 @@ def _choose(
     def cost(factors: torch.Tensor) -> float:
         return sum(float(noise(factors.repeat_interleave(repeat))) for noise, repeat in noises) / len(noises)
 
-    candidates = [_powers_of_two(weights, width, share) for share in _SHARES]
+    candidates = [_powers_of_two(weights, width, share, shift) for share in _SHARES for shift in _SHIFTS]
     best = min(candidates, key=cost)
     before, after = cost(torch.ones_like(best)), cost(best)
     spread = float(width.max() / width[width > 0].median())
     return Choice(group, best, decibels(before - after), spread)
 
 
-def _powers_of_two(weights: torch.Tensor, width: torch.Tensor, share: float) -> torch.Tensor:
+def _powers_of_two(weights: torch.Tensor, width: torch.Tensor, share: float, shift: float) -> torch.Tensor:
     """`weights^(1 - share) / width^share`, rounded to powers of two around a median of 1."""
     tiny = torch.finfo(torch.float32).tiny
     exponents = (1 - share) * weights.clamp(min=tiny).log2() - share * width.clamp(min=tiny).log2()
     useful = (weights > 0) & (width > 0)
-    exponents = (exponents - exponents[useful].median() if bool(useful.any()) else exponents).round()
-    exponents = torch.where(useful, exponents.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT), 0.0)
+    exponents = (exponents - exponents[useful].median() if bool(useful.any()) else exponents) + shift
+    exponents = torch.where(useful, exponents.round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT), 0.0)
     # A channel that nobody reads, or that is always zero, may at most be made quieter.
     unread = (weights == 0) & (width > 0)
     quiet = (width[useful].amax().log2() + exponents[useful].amax() - width.clamp(min=tiny).log2()).floor().clamp(max=0)
