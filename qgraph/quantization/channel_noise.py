@@ -128,7 +128,7 @@ class LayerNoise:
 
 
 def result_ranges(layer: Layer, ranges: ChannelRanges | None) -> torch.Tensor:
-    """How large a layer's output channels can become for inputs of these powers: three standard deviations, `[C_out]`."""
+    """How large a layer's output channels can become for inputs of these powers: two standard deviations, `[C_out]`."""
     module: Any = layer.module
     weight = module.weight.detach().double()
     if layer.scales_in and ranges is not None:
@@ -136,7 +136,7 @@ def result_ranges(layer: Layer, ranges: ChannelRanges | None) -> torch.Tensor:
     else:
         spread = weight.abs()
     bias = getattr(module, "bias", None)
-    return 3 * spread + (0 if bias is None else bias.detach().double().abs())
+    return 2 * spread + (0 if bias is None else bias.detach().double().abs())
 
 
 def decibels(log2_ratio: float) -> float:

@@ -3,7 +3,7 @@
 Images are codes already: 256 grey values, or 17. If their step is no multiple of the scale's, every value is rounded, and
 white is clipped, because a symmetric scale of `max / 128` has no code for `max`. A slightly wider range often removes most
 of that error. Scales tried are those that put the largest value on a code; one is taken where the mean square error on
-the calibration data falls by a factor of two or more.
+the calibration data, of 256 values at least, falls by a factor of four or more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from qgraph.quantization.fake_quantize import FakeQuantize
 from qgraph.quantization.observers import MinMaxObserver
 
 _WIDEST = 1.25
-_LEAST_GAIN = 2.0
+_LEAST_GAIN = 4.0
+_LEAST_VALUES = 256
 _KEPT, _PER_BATCH = 65536, 4096
 _MOST_LEVELS = 256
 
@@ -69,7 +70,7 @@ def fit_input_scales(gm: fx.GraphModule, samples: InputSamples) -> None:
     notes = list(graph_info(gm).notes)
     for site in samples.sites:
         values, given = samples.values(site), site.qparams()
-        if values.numel() == 0:
+        if values.numel() < _LEAST_VALUES:
             continue
         before, found = _error(values, given), given.scale
         after = before
