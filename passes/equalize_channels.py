@@ -3,9 +3,9 @@
     relu(w x + b)  ->  v        becomes        relu(s w x + s b)  ->  v / s        bit exact: s are powers of two
 
 Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019. All channel axes that must
-share factors (residual sums, pooling, depthwise convolutions in between, flattening) form a group; a group is scaled only
-where the noise of quantization is expected to fall by `least_gain`. The ranges are those of the example inputs, and not
-less than what the weights make of such inputs.
+share factors (residual sums, pooling, depthwise convolutions in between, flattening) form a group; a group is scaled
+only where the noise of quantization is expected to fall by `least_gain`. The ranges are those of the example inputs,
+and not less than what the weights make of such inputs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ from typing import ClassVar
 from torch import fx
 
 from qgraph.ir.node_info import Refusal, graph_info, info, update_graph_info
+from qgraph.ir.op import OpKind
 from qgraph.ir.stage import Stage
 from qgraph.numerics import QType, qint8
 from qgraph.pipeline import Pass, PassContext, PassResult
 from qgraph.quantization.channel_axes import ChannelAxes
 from qgraph.quantization.channel_noise import channel_ranges, layer_input
-from qgraph.quantization.equalization import apply_factors, choose_factors, describe, loses_digits
+from qgraph.quantization.equalization import (
+    apply_factors,
+    choose_factors,
+    describe,
+    layers_of,
+    loses_digits,
+    uneven_groups,
+)
 from qgraph.quantization.qconfig import SiteQuery, resolve
 
 
@@ -41,15 +49,16 @@ class EqualizeChannels(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
-        axes = ChannelAxes(gm)
-        if not axes.groups() or ctx.example is None:
+        axes = ChannelAxes(gm, lambda node: _has_fixed_scale(node, ctx))
+        groups = uneven_groups(axes)
+        if not groups or ctx.example is None:
             return PassResult(gm, False)
 
         def levels(call: fx.Node) -> tuple[QType | None, QType]:
             return _output_format(layer_input(call), ctx), _weight_format(call, ctx)
 
-        ranges = channel_ranges(gm, [ctx.example], axes.layers.values())
-        chosen = choose_factors(axes, ranges, levels, sampled=False)
+        ranges = channel_ranges(gm, [ctx.example], layers_of(axes, groups.values()))
+        chosen = choose_factors(axes, groups, ranges, levels, sampled=False)
         wanted = {root: choice for root, choice in chosen.items() if choice.gain >= self.least_gain}
         notes, refusals = [], []
         for root, choice in list(wanted.items()):
@@ -71,6 +80,12 @@ class EqualizeChannels(Pass):
 def _query(node: fx.Node) -> SiteQuery:
     record = info(node)
     return SiteQuery(record.site, record.module, record.stands_for, record.op.name)
+
+
+def _has_fixed_scale(node: fx.Node, ctx: PassContext) -> bool:
+    if not ctx.setters or info(node).op.kind in (OpKind.INPUT, OpKind.OUTPUT, OpKind.CONSTANT, OpKind.STRUCTURE):
+        return False
+    return resolve(ctx.setters, _query(node))[0].fixed_scale is not None
 
 
 def _output_format(node: fx.Node, ctx: PassContext) -> QType | None:

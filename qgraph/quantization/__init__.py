@@ -3,6 +3,7 @@
 from qgraph.quantization.calibrate import calibrate
 from qgraph.quantization.convert import convert, convert_pipeline, freeze
 from qgraph.quantization.fake_quantize import FakeQuantize
+from qgraph.quantization.improve import SiteGain, correct_bias, equalize
 from qgraph.quantization.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -37,12 +38,15 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "QConfig",
     "QConfigSetter",
+    "SiteGain",
     "calibrate",
     "calibration_8bit_weight_16bit_act_qconfig_setter",
     "convert",
     "convert_pipeline",
+    "correct_bias",
     "default_calibration_qconfig_setter",
     "default_qat_qconfig_setter",
+    "equalize",
     "freeze",
     "get_qconfig",
     "prepare",

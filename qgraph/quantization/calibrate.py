@@ -35,7 +35,7 @@ def calibrate(
             a mapping with the model's input names.
         num_steps: stop after this many batches; None for all.
         progress: whether to show a progress bar.
-        fit_inputs: whether ranges of inputs may be widened where their values then fall on codes, as those of images do.
+        fit_inputs: whether ranges of inputs may be widened where their values then fall on codes, as images do.
 
     Raises:
         UserError: the loader is empty or its batches do not fit the model.

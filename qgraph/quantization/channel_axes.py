@@ -1,8 +1,8 @@
 """Which channel axes of a float graph can only be scaled together.
 
 If the channels of a value are multiplied by positive factors, so are those of everything that is computed from it by
-relu, pooling, sums or moves; a convolution or linear can undo it in its weight, and another one can cause it. All axes
-that must carry the same factors form a group. Nagel et al., "Data-free quantization through weight equalization and bias
+relu, pooling, sums or moves; a convolution or linear can undo it in its weight, and another can cause it. All axes that
+must carry the same factors form a group. Nagel et al., "Data-free quantization through weight equalization and bias
 correction", 2019, scales pairs of layers; groups are the same for any number of producers and consumers.
 """
 
@@ -34,7 +34,7 @@ _ADAPTIVE = (ops.ADAPTIVE_AVG_POOL1D, ops.ADAPTIVE_AVG_POOL2D, ops.ADAPTIVE_AVG_
 _HOMOGENEOUS = (ops.RELU, ops.LEAKY_RELU, ops.PRELU, ops.ABS, ops.NEG, ops.IDENTITY, ops.FAKE_QUANT)
 _SPACE = {op: 1 + index % 3 for pools in (_MAX_POOLS, _AVG_POOLS, _ADAPTIVE) for index, op in enumerate(pools)}
 _REDUCED = (ops.MEAN, ops.SUM, ops.AMAX, ops.AMIN)
-_NORMS = (ops.LAYER_NORM, ops.RMS_NORM)
+_NORMS = (ops.LAYER_NORM, ops.RMS_NORM, ops.AFFINE)
 
 
 @dataclass
@@ -76,9 +76,10 @@ class ChannelAxes:
 
     Args:
         gm: a graph in stage FUSED or PREPARED.
+        has_fixed_scale: whether the user or the target fixed the scale of a value, so that it must not change.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, has_fixed_scale: Callable[[fx.Node], bool]) -> None:
         self.layers: dict[int, Layer] = {}
         self._parents: dict[Axis, tuple[Axis, int]] = {}
         self._sizes: dict[Axis, int] = {}
@@ -86,6 +87,8 @@ class ChannelAxes:
         for node in gm.graph.nodes:
             if info(node).op is not ops.SIZE:
                 self._visit(node)
+                if has_fixed_scale(node):
+                    self._pin_value(node, "its scale is fixed", node)
         self._pin_tensors_held_elsewhere(gm)
 
     # --- union-find whose edges repeat channels --------------------------------------------------------------
@@ -306,9 +309,9 @@ def _multiplied(node: fx.Node) -> Iterator[Tie]:
 def _divided(node: fx.Node) -> Iterator[Tie]:
     bound = bind(node)
     x = bound.operand("input")
-    if bound.values.get("rounding_mode") is None and isinstance(x, fx.Node) and x is not bound.operand("other"):
-        if _shape(x) == _shape(node):
-            yield from _same(node)
+    rounds = bound.values.get("rounding_mode") is not None
+    if not rounds and isinstance(x, fx.Node) and x is not bound.operand("other") and _shape(x) == _shape(node):
+        yield from _same(node)
 
 
 def _permuted(node: fx.Node) -> Iterator[Tie]:

@@ -1,14 +1,14 @@
 """What quantization is expected to cost a layer, from the ranges of its input channels.
 
-A layer computes `y_o = sum_i w_oi x_i`. If `x_i` is multiplied by `s_i` and `w_oi` divided by it, the variance of the noise
-that rounding adds to `y_o` is
+A layer computes `y_o = sum_i w_oi x_i`. If `x_i` is multiplied by `s_i` and `w_oi` divided by it, the variance of the
+noise that rounding adds to `y_o` is
 
     step_x^2 / 12 * sum_i w_oi^2 / s_i^2  +  step_o^2 / 12 * sum_i E[x_i^2] s_i^2
     step_x = max_i(a_i s_i) / levels_x        a_i: largest magnitude of x_i
     step_o = max_i |w_oi / s_i| / levels_w    one scale per output channel
 
-The first term is smallest for `s_i = 1 / a_i`, the second where the weights have equal ranges; the geometric mean of both
-choices is the one of SmoothQuant (Xiao et al., 2022).
+The first term is smallest for `s_i = 1 / a_i`, the second where the weights have equal ranges; the geometric mean of
+both choices is the one of SmoothQuant (Xiao et al., 2022).
 """
 
 from __future__ import annotations
@@ -128,15 +128,27 @@ class LayerNoise:
 
 
 def result_ranges(layer: Layer, ranges: ChannelRanges | None) -> torch.Tensor:
-    """How large a layer's output channels can become for inputs of these powers: two standard deviations, `[C_out]`."""
+    """How large a layer's output channels can become, `[C_out]`: two standard deviations for inputs of these powers.
+
+    Without ranges every input has power 1.
+    """
     module: Any = layer.module
-    weight = module.weight.detach().double()
-    if layer.scales_in and ranges is not None:
-        spread = (_by_channels(layer).double().square().sum(2) * ranges.power[_input_index(layer)]).sum(1).sqrt()
+    if not layer.scales_in:
+        spread = module.weight.detach().double().abs()
+    elif ranges is None:
+        spread = _by_channels(layer).flatten(1).norm(dim=1).double()
     else:
-        spread = weight.abs()
+        spread = (_by_channels(layer).double().square().sum(2) * ranges.power[_input_index(layer)]).sum(1).sqrt()
     bias = getattr(module, "bias", None)
     return 2 * spread + (0 if bias is None else bias.detach().double().abs())
+
+
+def column_ranges(layer: Layer) -> torch.Tensor:
+    """The largest weight of each input channel: `[C_in]`."""
+    largest, index = _by_channels(layer).abs().amax(2), _input_index(layer)
+    found: torch.Tensor = largest.new_zeros(channels(layer.op, layer.module)[1])
+    found.scatter_reduce_(0, index.flatten(), largest.flatten(), "amax")
+    return found
 
 
 def decibels(log2_ratio: float) -> float:

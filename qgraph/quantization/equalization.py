@@ -2,8 +2,8 @@
 
     relu(w x + b)  ->  v        becomes        relu(s w x + s b)  ->  v / s
 
-Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019; Xiao et al., "SmoothQuant",
-2022. Factors are powers of two, so that the float graph computes the same to the last bit.
+Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019; Xiao et al.,
+"SmoothQuant", 2022. Factors are powers of two, so that the float graph computes the same to the last bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from qgraph.ir.node_info import info
 from qgraph.nn import clone_module
 from qgraph.numerics import QType
 from qgraph.quantization.channel_axes import Axis, ChannelAxes, Group, Layer
-from qgraph.quantization.channel_noise import ChannelRanges, LayerNoise, decibels, layer_input, result_ranges
+from qgraph.quantization.channel_noise import (
+    ChannelRanges,
+    LayerNoise,
+    column_ranges,
+    decibels,
+    layer_input,
+    result_ranges,
+)
 
 Levels = Callable[[fx.Node], "tuple[QType | None, QType]"]
 """For a call of a layer: the formats of its input and of its weight; None for an input that is not rounded."""
@@ -29,6 +36,7 @@ Levels = Callable[[fx.Node], "tuple[QType | None, QType]"]
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SHIFTS = (0.0, 0.25, 0.5, 0.75)  # where rounding to powers of two goes up or down
 _LARGEST_EXPONENT = 20
+_UNEVEN = 4.0  # times the median
 
 
 @dataclass(frozen=True)
@@ -48,20 +56,49 @@ class Choice:
     spread: float
 
 
+def uneven_groups(axes: ChannelAxes) -> dict[Axis, Group]:
+    """Groups whose weights alone make it likely that channels differ: a quick look that needs no data."""
+    return {root: group for root, group in axes.groups().items() if _is_uneven(axes, group)}
+
+
+def _is_uneven(axes: ChannelAxes, group: Group) -> bool:
+    for weight in group.producers:
+        made = result_ranges(axes.layers[weight], None)
+        if made.max() > _UNEVEN * made.median():
+            return True
+    for weight in group.consumers:
+        read = column_ranges(axes.layers[weight])
+        if read.max() > _UNEVEN * read.median():
+            return True
+    return False
+
+
+def layers_of(axes: ChannelAxes, groups: Iterable[Group]) -> list[Layer]:
+    """The layers that make or read the channels of some groups."""
+    weights = dict.fromkeys(weight for group in groups for weight in (*group.producers, *group.consumers))
+    return [axes.layers[weight] for weight in weights]
+
+
 def choose_factors(
-    axes: ChannelAxes, ranges: Mapping[fx.Node, ChannelRanges], levels: Levels, *, sampled: bool
+    axes: ChannelAxes,
+    groups: Mapping[Axis, Group],
+    ranges: Mapping[fx.Node, ChannelRanges],
+    levels: Levels,
+    *,
+    sampled: bool,
 ) -> dict[Axis, Choice]:
-    """The best factors for every group.
+    """The best factors for some groups.
 
     Args:
-        axes: the groups of a graph.
+        axes: all groups of a graph.
+        groups: those to look at.
         ranges: of every layer's input, from `channel_ranges`.
         levels: formats of inputs and weights.
         sampled: whether the ranges come from data of the kind the model is for; otherwise what a channel can reach is
             bounded from below by the weights that make it, so that a channel that happens to be quiet is not blown up.
     """
     chosen = {}
-    for root, group in axes.groups().items():
+    for root, group in groups.items():
         choice = _choose(axes, group, ranges, levels, sampled)
         if choice is not None:
             chosen[root] = choice

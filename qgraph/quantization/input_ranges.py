@@ -1,9 +1,9 @@
 """Fits the scales of the model's inputs to the values they take.
 
-Images are codes already: 256 grey values, or 17. If their step is no multiple of the scale's, every value is rounded, and
-white is clipped, because a symmetric scale of `max / 128` has no code for `max`. A slightly wider range often removes most
-of that error. Scales tried are those that put the largest value on a code; one is taken where the mean square error on
-the calibration data, of 256 values at least, falls by a factor of four or more.
+Images are codes already: 256 grey values, or 17. If their step is no multiple of the scale's, every value is rounded,
+and white is clipped, because a symmetric scale of `max / 128` has no code for `max`. A slightly wider range often
+removes most of that error. Scales tried are those that put the largest value on a code; one is taken where the mean
+square error on the calibration data, of 256 values at least, falls by a factor of four or more.
 """
 
 from __future__ import annotations

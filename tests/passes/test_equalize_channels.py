@@ -11,7 +11,7 @@ from torch import nn
 
 from qgraph.ir.node_info import graph_info
 from qgraph.pipeline import Pipeline
-from qgraph.quantization import calibrate, convert, prepare, prepare_pipeline
+from qgraph.quantization import ModuleNameQconfigSetter, QConfig, calibrate, convert, prepare, prepare_pipeline
 from qgraph.quantization.channel_axes import ChannelAxes
 from qgraph.simulator import Simulator
 from tests.passes.models import before_and_after, check_all
@@ -208,7 +208,7 @@ def test_refusals(between: Callable[[torch.Tensor], torch.Tensor], reason: str) 
     model, x = Forward(lambda m, x: m.b(between(m.a(x)).abs()), a=a, b=b).eval(), image()
     # Before and behind a barrier the axes are pinned, and no group has both a producer and a consumer.
     gm = run_passes(model, x, "canonicalize,fuse-conv-bn-add-relu").gm
-    assert reason in [pin[0] for pin in ChannelAxes(gm)._pins.values()]
+    assert reason in [pin[0] for pin in ChannelAxes(gm, lambda node: False)._pins.values()]
     result = run_passes(model, x, EQUALIZE)
     assert torch.equal(result.gm.get_submodule("b").weight, b.weight)
 
@@ -234,3 +234,11 @@ def test_a_weight_that_the_forward_reads_is_left_alone() -> None:
     unbalance(makes=(a,), reads=(b,))
     model = Forward(lambda m, x: m.b(m.a(x).relu()) + m.a.weight.sum(), a=a, b=b).eval()
     refusal_with(run_passes(model, image(), EQUALIZE), "its weight or bias is read by another node")
+
+
+def test_a_fixed_scale_is_respected() -> None:
+    torch.manual_seed(9)
+    model, x = chain(), image()
+    prepared = prepare(model, x, ModuleNameQconfigSetter({"a": QConfig(fixed_scale=0.1)}))
+    assert torch.equal(prepared.get_submodule("a").weight, model.a.weight)
+    assert any("its scale is fixed" in refusal.reason for refusal in graph_info(prepared).refusals)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qgraph.demo.training import Digits, load_digits
-from qgraph.quantization import calibrate, convert, prepare
+from qgraph.quantization import calibrate, convert, correct_bias, equalize, prepare
 from qgraph.simulator import Simulator
 from tools.bench.measure import table
 
@@ -81,10 +81,13 @@ def sqnr(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float(10 * torch.log10(expected.square().sum() / (actual - expected).square().sum()))
 
 
-def integers(model: nn.Module, batches: list[torch.Tensor]) -> Predict:
-    """The integer graph, all settings left as they are."""
+def integers(model: nn.Module, batches: list[torch.Tensor], *, improved: bool = False) -> Predict:
+    """The integer graph, all settings left as they are; or after `equalize` and `correct_bias`."""
     prepared = prepare(model, batches[0])
     calibrate(prepared, batches, progress=False)
+    if improved:
+        equalize(prepared, batches)
+        correct_bias(prepared, batches)
     return Simulator(convert(prepared))
 
 
@@ -117,6 +120,7 @@ def run() -> str:
                 expected = model(images)
                 found = {
                     "qgraph": integers(model, batches)(images),
+                    "qgraph, equalize + correct_bias": integers(model, batches, improved=True)(images),
                     "torch FX x86": torch_fx(model, batches, "x86")(images),
                     "torch FX onednn": torch_fx(model, batches, "onednn")(images),
                 }
