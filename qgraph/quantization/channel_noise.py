@@ -140,7 +140,8 @@ def result_ranges(layer: Layer, ranges: ChannelRanges | None) -> torch.Tensor:
     else:
         spread = (_by_channels(layer).double().square().sum(2) * ranges.power[_input_index(layer)]).sum(1).sqrt()
     bias = getattr(module, "bias", None)
-    return 2 * spread + (0 if bias is None else bias.detach().double().abs())
+    reach: torch.Tensor = 2 * spread + (0 if bias is None else bias.detach().double().abs())
+    return reach
 
 
 def column_ranges(layer: Layer) -> torch.Tensor:
