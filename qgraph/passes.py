@@ -15,6 +15,7 @@ from passes.decompose_composites import DecomposeComposites
 from passes.decompose_layers import DecomposeLayers
 from passes.detect_shared_modules import DetectSharedModules, SharedModule, find_shared_modules
 from passes.eliminate_dead_code import EliminateDeadCode
+from passes.equalize_channels import EqualizeChannels
 from passes.fold_constants import FoldConstants
 from passes.freeze_qparams import FreezeQParams
 from passes.fuse_conv_bn_add_relu import FuseConvBnAddRelu
@@ -34,6 +35,7 @@ __all__ = [
     "DecomposeLayers",
     "DetectSharedModules",
     "EliminateDeadCode",
+    "EqualizeChannels",
     "FoldConstants",
     "FreezeQParams",
     "FuseConvBnAddRelu",

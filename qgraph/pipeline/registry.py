@@ -24,6 +24,7 @@ _BUILT_IN = {
     "split-shared-modules": "passes.split_shared_modules:SplitSharedModules",
     "fuse-conv-bn-add-relu": "passes.fuse_conv_bn_add_relu:FuseConvBnAddRelu",
     "use-channels-last": "passes.use_channels_last:UseChannelsLast",
+    "equalize-channels": "passes.equalize_channels:EqualizeChannels",
     "split-nonuniform-constants": "passes.split_nonuniform_constants:SplitNonuniformConstants",
     "decompose-layers": "passes.decompose_layers:DecomposeLayers",
     "decompose-composites": "passes.decompose_composites:DecomposeComposites",

@@ -41,6 +41,7 @@ from qgraph.quantization.config.templates import (
 )
 from qgraph.quantization.convert import convert, convert_pipeline, freeze
 from qgraph.quantization.fake_quantize import FakeQuantize
+from qgraph.quantization.improve import SiteGain, correct_bias, equalize
 from qgraph.quantization.observers import (
     ClipStdObserver,
     FixedScaleObserver,
@@ -58,17 +59,6 @@ from qgraph.quantization.observers import (
 )
 from qgraph.quantization.plan import Plan, PlanChange, PlannedSite
 from qgraph.quantization.prepare import prepare, prepare_pipeline
-from qgraph.quantization.qconfig import (
-    DefaultQconfigSetter,
-    ModuleNameQconfigSetter,
-    QConfig,
-    QConfigSetter,
-    calibration_8bit_weight_16bit_act_qconfig_setter,
-    default_calibration_qconfig_setter,
-    default_qat_qconfig_setter,
-    get_qconfig,
-    qat_8bit_weight_16bit_act_qconfig_setter,
-)
 from qgraph.quantization.reset_scale import reset_scale
 from qgraph.quantization.sites import set_fake_quantize
 from qgraph.quantization.states import FakeQuantState
@@ -105,6 +95,7 @@ __all__ = [
     "SensitivityTemplate",
     "Setting",
     "SiteChoice",
+    "SiteGain",
     "SiteQuery",
     "Threshold",
     "auto_calibrate",
@@ -112,12 +103,14 @@ __all__ = [
     "calibration_8bit_weight_16bit_act_qconfig_setter",
     "convert",
     "convert_pipeline",
+    "correct_bias",
     "default_calib_8bit_fake_quant_qconfig",
     "default_calib_8bit_weight_32bit_out_fake_quant_qconfig",
     "default_calib_16bit_fake_quant_qconfig",
     "default_calibration_qconfig_setter",
     "default_qat_8bit_fake_quant_qconfig",
     "default_qat_qconfig_setter",
+    "equalize",
     "freeze",
     "get_qconfig",
     "prepare",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from qgraph.errors import QGraphError, UserError
+from qgraph.quantization.input_ranges import InputSamples, fit_input_scales
 from qgraph.quantization.sites import require_float32, require_prepared, set_fake_quantize, snapshot
 from qgraph.quantization.states import FakeQuantState
 
@@ -22,6 +23,7 @@ def calibrate(
     num_steps: int | None = None,
     *,
     progress: bool = True,
+    fit_inputs: bool = True,
 ) -> None:
     """Runs `model` on batches in state CALIBRATION, computes all scales, and leaves it in state VALIDATION.
 
@@ -33,6 +35,7 @@ def calibrate(
             a mapping with the model's input names.
         num_steps: stop after this many batches; None for all.
         progress: whether to show a progress bar.
+        fit_inputs: whether ranges of inputs may be widened where their values then fall on codes, as images do.
 
     Raises:
         UserError: the loader is empty or its batches do not fit the model.
@@ -42,9 +45,10 @@ def calibrate(
     require_float32(gm)
     _check_arguments(loader, num_steps)
     restore = snapshot(gm)
+    samples = InputSamples(gm)
     try:
         set_fake_quantize(gm, FakeQuantState.CALIBRATION)
-        with evaluating(gm), torch.no_grad():
+        with evaluating(gm), torch.no_grad(), samples.watching() if fit_inputs else nullcontext():
             count = _observe(gm, loader, num_steps, progress)
         if count == 0:
             raise UserError(
@@ -53,6 +57,9 @@ def calibrate(
                 fix="give a loader with at least one batch; an iterator that was used up before is empty too",
             )
         set_fake_quantize(gm, FakeQuantState.VALIDATION)
+        if fit_inputs:
+            fit_input_scales(gm, samples)
+            set_fake_quantize(gm, FakeQuantState.VALIDATION)  # the steps of biases follow from the inputs' scales
     except BaseException:
         restore()
         raise

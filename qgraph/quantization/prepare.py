@@ -24,8 +24,8 @@ from qgraph.targets import Target, get_target
 # constants are split while a division is still one operator.
 PREPARE = (
     "fold-constants,canonicalize,eliminate-dead-code,decompose-layers,split-shared-modules,fuse-conv-bn-add-relu,"
-    "use-channels-last,split-nonuniform-constants,decompose-composites,insert-quant-stubs,assign-dtypes,high-precision-output,"
-    "insert-fake-quant"
+    "use-channels-last,equalize-channels,split-nonuniform-constants,decompose-composites,insert-quant-stubs,"
+    "assign-dtypes,high-precision-output,insert-fake-quant"
 )
 
 

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
+    "docs/accuracy.md",
     "docs/artifacts.md",
     "docs/configuration.md",
     "docs/exporting_onnx.md",

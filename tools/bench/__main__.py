@@ -1,6 +1,6 @@
 """Runs benchmarks and prints their tables.
 
-`python -m tools.bench [prepare growth calibration fidelity artifact convert simulate]`
+`python -m tools.bench [prepare growth calibration fidelity artifact convert simulate accuracy]`
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tools.bench import artifact, calibration, convert, fidelity, growth, prepare, simulate
+from tools.bench import accuracy, artifact, calibration, convert, fidelity, growth, prepare, simulate
 
 BENCHMARKS: dict[str, Callable[[], str]] = {
     "prepare": prepare.run,
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[], str]] = {
     "artifact": artifact.run,
     "convert": convert.run,
     "simulate": simulate.run,
+    "accuracy": accuracy.run,
 }
 
 
