@@ -11,7 +11,7 @@ qgraph.draw(integer, "graph.svg")
 
 from qgraph.analysis import Cause, ConsistencyReport, SiteConsistency, check_consistency, compare_sites
 from qgraph.artifact import load, save
-from qgraph.capture import trace
+from qgraph.capture import Tracer, trace
 from qgraph.errors import (
     ArtifactError,
     CaptureError,
@@ -103,6 +103,7 @@ __all__ = [
     "StateError",
     "Target",
     "TargetError",
+    "Tracer",
     "UserError",
     "VerifyError",
     "__version__",

@@ -1,5 +1,6 @@
 """From a model to a verified graph; `trace` is the way in."""
 
 from qgraph.capture.api import METHODS, trace
+from qgraph.capture.model.blocks import Tracer
 
-__all__ = ["METHODS", "trace"]
+__all__ = ["METHODS", "Tracer", "trace"]

@@ -110,7 +110,7 @@ def _capture(request: Request) -> fx.GraphModule:
 
 
 def _finish(request: Request, root: nn.Module, recording: Recording) -> fx.GraphModule:
-    notes = raise_unless_waived(recording.flags, request.waived, request.name)
+    notes = (*raise_unless_waived(recording.flags, request.waived, request.name), *recording.notes)
     reference = Reference(request) if request.verify else None
     batch = free_batch(request, recording, reference)
     if batch.merged is not None and batch.choice is not None:

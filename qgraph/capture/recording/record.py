@@ -73,6 +73,7 @@ class Recording:
         state: storages of the model's own tensors, with their paths.
         device: where the inputs were.
         tagged: tensors that carry tags.
+        notes: remarks for the user.
     """
 
     graph: fx.Graph
@@ -88,6 +89,7 @@ class Recording:
     state: dict[int, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tagged: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def tag(self, tensor: torch.Tensor, node: fx.Node, path: tuple[Any, ...] = ()) -> None:
         """Marks a tensor as the value of `node`, or as a part of it."""

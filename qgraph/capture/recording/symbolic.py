@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from qgraph.capture.boundary.outputs import output_argument
-from qgraph.capture.model.names import Scope, SiteNames, plain_tensors, walk_modules
+from qgraph.capture.model.blocks import listening_blocks
+from qgraph.capture.model.names import Place, Scope, SiteNames, module_paths, plain_tensors, walk_modules
 from qgraph.capture.model.source import functional_module, is_user_file, line_of_error, user_line
 from qgraph.capture.options.flags import Flag
 from qgraph.capture.options.request import Request, fails_on_example
@@ -59,6 +60,8 @@ class _Tracer(fx.Tracer):
         self.flags = flags
         self.record_stack_traces = True
         self.methods: dict[fx.Node, tuple[str, str]] = {}
+        self.names = SiteNames()
+        self.places: dict[fx.Node, Place] = {}
         self.devices = {tensor.device.type for tensor in tensors_in(list(inputs.values()))}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -85,7 +88,14 @@ class _Tracer(fx.Tracer):
         functional = functional_module() if kind.startswith("call") else None
         if functional is not None:
             self.methods[node] = (self.path_of_module(functional[0]), functional[1])
+        place = self.names.place()
+        if place is not None:
+            self.places[node] = place
         return node
+
+    def running(self) -> str:
+        """Path of the module whose forward runs."""
+        return self.scope.module_path
 
     def _proxies(self, name: str, value: Any) -> Any:
         """`value` with every tensor replaced by a proxy, and the nodes that take it apart."""
@@ -136,7 +146,7 @@ def record_symbolically(request: Request, root: nn.Module, inputs: Inputs) -> Re
     _trace(tracer, recorder, inputs)
     gm = fx.GraphModule(root, tracer.graph)
     _name_sites(gm, tracer)
-    return _observe(gm, recorder, inputs)
+    return _observe(gm, recorder, inputs, tracer.names.notes())
 
 
 def _trace(tracer: _Tracer, recorder: _Recorder, inputs: Inputs) -> None:
@@ -145,7 +155,8 @@ def _trace(tracer: _Tracer, recorder: _Recorder, inputs: Inputs) -> None:
     own |= {id(tensor) for _, _, tensor in plain_tensors(walk_modules(root))}
 
     def run() -> fx.Graph:
-        with _watched_state(root, recorder):
+        blocks = listening_blocks(tracer.names, module_paths(root), tracer.running)
+        with _watched_state(root, recorder), blocks:
             return tracer.trace(root)
 
     try:
@@ -211,27 +222,27 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _name_sites(gm: fx.GraphModule, tracer: _Tracer) -> None:
-    names = SiteNames()
+    names = tracer.names
     scopes: dict[str, Scope] = {}
     for node in gm.graph.nodes:
         if has_info(node):
             continue
         key, owner = _scope(node)
         names.scopes = [scopes.setdefault(key, Scope(owner))]
-        op = classify(node.op, node.target, gm, node.args, node.kwargs)
+        op, place = classify(node.op, node.target, gm, node.args, node.kwargs), tracer.places.get(node)
         if node.op in ("output", "get_attr"):
             site = str(node.target)
         elif node in tracer.methods:
-            site = names.method_call(*tracer.methods[node])
+            site = names.method_call(*tracer.methods[node], place)
         elif node.op == "call_module":
-            site = names.module_call(str(node.target))
+            site = names.module_call(str(node.target), place)
         else:
             target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "function")
-            site = names.function_call(op.name if op is not OPAQUE else str(target).strip("_"))
-        set_info(node, NodeInfo(op, site, owner, _source(node)))
+            site = names.function_call(op.name if op is not OPAQUE else str(target).strip("_"), place)
+        set_info(node, NodeInfo(op, site, owner, _source(node), repeated=names.repeats.get(site)))
 
 
-def _observe(gm: fx.GraphModule, recorder: _Recorder, inputs: Inputs) -> Recording:
+def _observe(gm: fx.GraphModule, recorder: _Recorder, inputs: Inputs, notes: tuple[str, ...]) -> Recording:
     recording = recorder.recording
     recording.graph = gm.graph
     owners: dict[int, fx.Node] = {}
@@ -264,6 +275,7 @@ def _observe(gm: fx.GraphModule, recorder: _Recorder, inputs: Inputs) -> Recordi
             recorder.place(value, node)
 
     recording.output = recorder.watch(inputs, lambda: evaluate(gm, (), inputs, call=call, observe=observe))
+    recording.notes = notes
     recording.flags[:] = [flag for flag in recording.flags if flag.kind not in _WHOLE]
     return recording
 
