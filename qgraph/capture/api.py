@@ -22,6 +22,7 @@ from qgraph.capture.model.source import line_of_error
 from qgraph.capture.options.flags import raise_unless_waived
 from qgraph.capture.options.leaves import LeafChoice
 from qgraph.capture.options.request import METHODS, Request, check_request, fails_on_example
+from qgraph.capture.recording.exporting import record_export
 from qgraph.capture.recording.record import Recording, StateWrite
 from qgraph.capture.recording.recorder import Recorder
 from qgraph.capture.recording.symbolic import record_symbolically
@@ -127,6 +128,8 @@ def _record(request: Request, root: nn.Module, inputs: Inputs) -> Recording:
     try:
         if request.method == "symbolic":
             return record_symbolically(request, root, inputs)
+        if request.method == "export":
+            return record_export(request, root, inputs)
         recorder = Recorder(root, request.leaf, protected=not request.writable)
         return recorder.run(inputs, lambda: request.call(root, inputs))
     except StateWrite as error:

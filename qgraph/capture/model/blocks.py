@@ -22,7 +22,7 @@ from torch import nn
 
 from qgraph.capture.model.names import SiteNames
 from qgraph.capture.model.source import is_user_code, user_line
-from qgraph.errors import UserError
+from qgraph.errors import CaptureError, UserError
 
 _RIGHT = 'with Tracer.dynamic_block(self, "name"):'
 
@@ -40,6 +40,7 @@ class _Local(threading.local):
     """The capture that runs in this thread, if one does."""
 
     listener: _Listener | None = None
+    refused: str | None = None
 
 
 _LOCAL = _Local()
@@ -60,6 +61,16 @@ def listening_blocks(names: SiteNames, paths: dict[int, str], owner: Callable[[]
         _LOCAL.listener = before
 
 
+@contextmanager
+def refusing_blocks(method: str) -> Iterator[None]:
+    """Blocks that this thread enters are refused: a capture by `method` cannot tell which call is which."""
+    before, _LOCAL.refused = _LOCAL.refused, method
+    try:
+        yield
+    finally:
+        _LOCAL.refused = before
+
+
 class DynamicBlock:
     """One use of `Tracer.dynamic_block` as a context manager."""
 
@@ -69,7 +80,14 @@ class DynamicBlock:
         self._entered: list[SiteNames] = []
 
     def __enter__(self) -> None:
-        listener = _LOCAL.listener
+        listener, refused = _LOCAL.listener, _LOCAL.refused
+        if refused is not None:
+            raise CaptureError(
+                f"the capture method {refused} does not support dynamic blocks",
+                where=str(user_line() or ""),
+                why="its graph does not say which call of which line an operator comes from",
+                fix='use method="jit" or "symbolic"',
+            )
         if listener is None:
             return
         listener.names.enter_block(self._owner(listener), self.name, _calling_frame())

@@ -17,7 +17,7 @@ from qgraph.capture.values.structure import Inputs, as_example, bind_to_forward
 from qgraph.capture.values.variants import check_inputs
 from qgraph.errors import CaptureError, UserError, did_you_mean
 
-METHODS = ("auto", "jit", "symbolic")
+METHODS = ("auto", "jit", "symbolic", "export")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class _Tracer(fx.Tracer):
         return proxy
 
 
-class _Recorder(Recorder):
+class ObservingRecorder(Recorder):
     """Blames what it notes on the node that runs, if one does, rather than on the code that runs the graph."""
 
     running: NodeInfo | None = None
@@ -141,15 +141,15 @@ def record_symbolically(request: Request, root: nn.Module, inputs: Inputs) -> Re
         CaptureError: fx cannot trace the model; the message carries fx's reason and the user's line.
         StateWrite: the forward writes to the model's tensors while fx traces it.
     """
-    recorder = _Recorder(root, request.leaf, protected=not request.writable)
+    recorder = ObservingRecorder(root, request.leaf, protected=not request.writable)
     tracer = _Tracer(request, inputs, recorder.recording.flags)
     _trace(tracer, recorder, inputs)
     gm = fx.GraphModule(root, tracer.graph)
     _name_sites(gm, tracer)
-    return _observe(gm, recorder, inputs, tracer.names.notes())
+    return observe_graph(gm, recorder, inputs, tracer.names.notes())
 
 
-def _trace(tracer: _Tracer, recorder: _Recorder, inputs: Inputs) -> None:
+def _trace(tracer: _Tracer, recorder: ObservingRecorder, inputs: Inputs) -> None:
     root = recorder.root
     own = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
     own |= {id(tensor) for _, _, tensor in plain_tensors(walk_modules(root))}
@@ -176,7 +176,7 @@ def _trace(tracer: _Tracer, recorder: _Recorder, inputs: Inputs) -> None:
 
 
 @contextmanager
-def _watched_state(root: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _watched_state(root: nn.Module, recorder: ObservingRecorder) -> Iterator[None]:
     """Flags attributes of modules that tracing leaves with another value, and puts the old ones back.
 
     fx runs assignments once, while it traces; the graph has no trace of them.
@@ -239,10 +239,13 @@ def _name_sites(gm: fx.GraphModule, tracer: _Tracer) -> None:
         else:
             target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "function")
             site = names.function_call(op.name if op is not OPAQUE else str(target).strip("_"), place)
-        set_info(node, NodeInfo(op, site, owner, _source(node), repeated=names.repeats.get(site)))
+        set_info(node, NodeInfo(op, site, owner, source_of(node), repeated=names.repeats.get(site)))
 
 
-def _observe(gm: fx.GraphModule, recorder: _Recorder, inputs: Inputs, notes: tuple[str, ...]) -> Recording:
+def observe_graph(
+    gm: fx.GraphModule, recorder: ObservingRecorder, inputs: Inputs, notes: tuple[str, ...]
+) -> Recording:
+    """Runs a graph whose sites are named on `inputs`, and notes values, writes and flags."""
     recording = recorder.recording
     recording.graph = gm.graph
     owners: dict[int, fx.Node] = {}
@@ -291,7 +294,8 @@ def _scope(node: fx.Node) -> tuple[str, str]:
     return str(key), str(path)
 
 
-def _source(node: fx.Node) -> SourceLine | None:
+def source_of(node: fx.Node) -> SourceLine | None:
+    """The innermost user line of the stack trace that torch kept on a node."""
     found = None
     for match in _FRAME.finditer(node.stack_trace or ""):
         if is_user_file(match["file"]):
