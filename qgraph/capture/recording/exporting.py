@@ -23,6 +23,7 @@ from qgraph.capture.model.blocks import refusing_blocks
 from qgraph.capture.model.names import Scope, SiteNames, walk_modules
 from qgraph.capture.model.source import line_of_error
 from qgraph.capture.options.request import Request
+from qgraph.capture.recording.aten import users_spelling
 from qgraph.capture.recording.record import Recording
 from qgraph.capture.recording.recorder import Recorder
 from qgraph.capture.recording.spelling import importable
@@ -31,7 +32,7 @@ from qgraph.capture.values.layout import copy_tensor
 from qgraph.capture.values.structure import Inputs, leaves, map_leaves
 from qgraph.capture.values.variants import BatchChoice, batch_choices, tensor_places, with_batch
 from qgraph.errors import CaptureError, QGraphError
-from qgraph.ir.arguments import classify
+from qgraph.ir.arguments import classify, writes_in_place
 from qgraph.ir.editor import node_name
 from qgraph.ir.functional import field as get_field
 from qgraph.ir.functional import item as get_item
@@ -258,7 +259,10 @@ class _Translation:
             self._copy(node)
 
     def _copy(self, node: fx.Node) -> None:
-        self.twins[node] = self.graph.node_copy(node, lambda used: self.twins[used])
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda used: self.twins[used])
+        call = users_spelling(node.target, args, kwargs) if node.op == "call_function" else (node.op, node.target, args, kwargs)
+        self.twins[node] = self.graph.create_node(*call)
+        self.twins[node].meta.update(node.meta)
 
     def _marked(self, node: fx.Node) -> None:
         source, number, side, place = node.args
@@ -295,7 +299,7 @@ class _Translation:
 
         def needed(node: fx.Node) -> bool:
             schema = getattr(node.target, "_schema", None)
-            writes = schema is not None and schema.is_mutable
+            writes = writes_in_place(node.op, node.target) or (schema is not None and schema.is_mutable)
             return node.op in ("placeholder", "output") or (writes and node not in inside) or "_assert" in node.name
 
         self.graph.eliminate_dead_code(needed)

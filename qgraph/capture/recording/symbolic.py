@@ -33,7 +33,7 @@ from qgraph.ir.evaluate import call_node, evaluate
 from qgraph.ir.functional import field as get_field
 from qgraph.ir.functional import item as get_item
 from qgraph.ir.node_info import NodeInfo, SourceLine, has_info, info, set_info
-from qgraph.ir.op_table import CAST, FIELD, IDENTITY, INPUT, ITEM, OPAQUE, SCALAR
+from qgraph.ir.op_table import CAST, FIELD, IDENTITY, INPUT, ITEM, OPAQUE, REBUILD, SCALAR
 from qgraph.ir.values import spec_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -252,7 +252,7 @@ def observe_graph(
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         record = recorder.running = info(node)
-        op = classify(node.op, node.target, gm, args, kwargs)
+        op = record.op if record.op is REBUILD else classify(node.op, node.target, gm, args, kwargs)
         try:
             value, written = recorder.observed(lambda: call_node(gm, node, args, kwargs), (args, kwargs))
         except (QGraphError, StateWrite):
