@@ -11,7 +11,7 @@ qgraph.draw(integer, "graph.svg")
 
 from qgraph.analysis import Cause, ConsistencyReport, SiteConsistency, check_consistency, compare_sites
 from qgraph.artifact import load, save
-from qgraph.capture import Tracer, trace
+from qgraph.capture import PrepareMethod, Tracer, trace
 from qgraph.errors import (
     ArtifactError,
     CaptureError,
@@ -89,6 +89,7 @@ __all__ = [
     "PassResult",
     "PerChannelMinMaxObserver",
     "Pipeline",
+    "PrepareMethod",
     "QConfig",
     "QGraphError",
     "QType",

@@ -2,5 +2,6 @@
 
 from qgraph.capture.api import METHODS, trace
 from qgraph.capture.model.blocks import Tracer
+from qgraph.capture.options.request import PrepareMethod
 
-__all__ = ["METHODS", "Tracer", "trace"]
+__all__ = ["METHODS", "PrepareMethod", "Tracer", "trace"]

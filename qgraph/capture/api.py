@@ -17,11 +17,12 @@ from torch import fx, nn
 from qgraph.capture.batch.freeing import Batch, free_batch, input_node
 from qgraph.capture.batch.merge import apply_merge
 from qgraph.capture.boundary.guard import InputGuard
+from qgraph.capture.boundary.strip import strip
 from qgraph.capture.model.copying import copy_model, own_tensors, shared, state_keeper, with_own_memory
 from qgraph.capture.model.source import line_of_error
 from qgraph.capture.options.flags import raise_unless_waived
 from qgraph.capture.options.leaves import LeafChoice
-from qgraph.capture.options.request import METHODS, Request, check_request, fails_on_example
+from qgraph.capture.options.request import ATTEMPTS, METHODS, ForwardFails, Request, check_request, fails_on_example
 from qgraph.capture.recording.exporting import record_export
 from qgraph.capture.recording.record import Recording, StateWrite
 from qgraph.capture.recording.recorder import Recorder
@@ -34,7 +35,7 @@ from qgraph.capture.verification.replay import Outcome, Reference, replay
 from qgraph.capture.writes.inplace import InPlaceRemover
 from qgraph.errors import CaptureError, QGraphError
 from qgraph.ir.graph_module import CheckedGraphModule
-from qgraph.ir.node_info import ExampleInputs, GraphInfo, NodeInfo, set_info
+from qgraph.ir.node_info import ExampleInputs, GraphInfo, NodeInfo, graph_info, set_info, update_graph_info
 from qgraph.ir.op_table import GUARD
 from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
@@ -59,7 +60,9 @@ def trace(
         model: the float model in eval mode; it is not changed.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as for calling the model. They
             decide the path through Python control flow, and all sizes but the batch.
-        method: `jit` runs the real forward and records it; `symbolic` uses torch.fx; `auto` is `jit`.
+        method: a `PrepareMethod` or its name. `jit` runs the real forward and records it; `jit_strip` keeps of that
+            what lies between QuantStub and DeQuantStub; `symbolic` uses torch.fx, `export` torch.export; `auto` takes
+            the first of jit, export and symbolic that succeeds, and notes why the others failed.
         waive: kinds of flags to accept: scalar, numpy, data-shaped, random, autocast, state, lost.
         leaf_modules: a module class or path, or several, to keep as single nodes.
         verify: whether to replay the graph on other values and another batch size and compare exactly.
@@ -94,7 +97,44 @@ def trace_shared(
     """
     request = check_request(model, example_inputs, method, waive, leaf_modules, verify)
     with torch.inference_mode(False), reproducible(), kept_random_states(), paused_collection():
+        if request.method == "auto":
+            return _first_that_works(request)
+        if request.method == "jit_strip":
+            return strip(_capture(request.by("jit")))
         return _capture(request)
+
+
+def _first_that_works(request: Request) -> fx.GraphModule:
+    """Tries the methods in turn; a note tells why the earlier ones failed.
+
+    Raises:
+        CaptureError: all failed; the message lists each attempt.
+    """
+    failures: list[tuple[str, CaptureError]] = []
+    for method in ATTEMPTS:
+        try:
+            gm = _capture(request.by(method))
+        except ForwardFails as error:
+            if method == "jit":
+                raise
+            failures.append((method, error))
+            continue
+        except CaptureError as error:
+            failures.append((method, error))
+            continue
+        tried = tuple(f"captured by {method}, because {failed} failed: {_brief(error)}" for failed, error in failures)
+        update_graph_info(gm, notes=(*graph_info(gm).notes, *tried))
+        return gm
+    first = failures[0][1]
+    others = "; ".join(f"{method}: {_brief(error)}" for method, error in failures[1:])
+    raise CaptureError(
+        first.what, where=first.where, why=f"{first.why or 'see above'} (by jit; also tried: {others})", fix=first.fix
+    ) from first
+
+
+def _brief(error: CaptureError) -> str:
+    place = f" at {error.where}" if error.where else ""
+    return f"{error.what}{place}" + (f" ({error.why})" if error.why else "")
 
 
 def _capture(request: Request) -> fx.GraphModule:

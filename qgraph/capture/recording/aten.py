@@ -82,6 +82,7 @@ _SPECIAL: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], Call]] = {
     "aten.slice.Tensor": _slice,
     "aten.index.Tensor": _index,
     "aten.to.dtype_layout": _to,
+    "aten.lift_fresh_copy.default": lambda args, kwargs: ("call_function", torch.clone, args, kwargs),
     "aten.upsample_linear1d.vec": _resized("linear"),
     "aten.upsample_bilinear2d.vec": _resized("bilinear"),
     "aten.upsample_bicubic2d.vec": _resized("bicubic"),

@@ -25,7 +25,6 @@ from qgraph.capture.model.source import line_of_error
 from qgraph.capture.options.request import Request
 from qgraph.capture.recording.aten import users_spelling
 from qgraph.capture.recording.record import Recording
-from qgraph.capture.recording.recorder import Recorder
 from qgraph.capture.recording.spelling import importable
 from qgraph.capture.recording.symbolic import ObservingRecorder, observe_graph, source_of
 from qgraph.capture.values.layout import copy_tensor
@@ -44,7 +43,9 @@ _CALL_NUMBER = re.compile(r"@\d+")
 _ENTER, _LEAVE = 0, 1
 _FACTOR = 3  # export takes a size of 1 for a constant
 # "2 <= size" and the like: what export knows of every size, not what the forward asks.
-_PLAIN_BOUND = re.compile(r"L\['[^']+'\](\[\d+\])?\.size\(\)\[0\] (>=|<=) \d+|\d+ (<=|>=|<) L\['[^']+'\](\[\d+\])?\.size\(\)\[0\]")
+_PLAIN_BOUND = re.compile(
+    r"L\['[^']+'\](\[\d+\])?\.size\(\)\[0\] (>=|<=) \d+|\d+ (<=|>=|<) L\['[^']+'\](\[\d+\])?\.size\(\)\[0\]"
+)
 
 _LIBRARY = torch.library.Library("qgraph_capture", "DEF")  # lives as long as its operators are used
 _LIBRARY.define("mark(Tensor x, int call, int side, int place) -> Tensor")
@@ -228,7 +229,7 @@ class _Translation:
 
     def _inputs(self, inputs: Inputs) -> list[fx.Node]:
         found = []
-        for name, value in inputs.items():
+        for name in inputs:
             root = self.graph.placeholder(name)
             set_info(root, NodeInfo(INPUT, name))
         by_name = {str(node.target): node for node in self.graph.nodes}
@@ -242,31 +243,36 @@ class _Translation:
         return found
 
     def _held(self, spec: Any, program: ExportedProgram) -> fx.Node | None:
-        path = str(spec.target)
-        if path.startswith(f"{_PREFIX}."):
-            path = path.removeprefix(f"{_PREFIX}.")
-        else:
-            value = program.constants[path]
+        path = str(spec.target).removeprefix(f"{_PREFIX}.")
+        if spec.kind is InputKind.CONSTANT_TENSOR and not isinstance(_attribute(self.root, path), torch.Tensor):
+            path = path.replace(".", "_")
             while hasattr(self.root, path):
                 path += "_"
-            setattr(self.root, path, copy_tensor(value))
+            setattr(self.root, path, copy_tensor(program.constants[str(spec.target)]))  # made in the forward
         return self.graph.get_attr(importable(self.root, path))
 
     def _call(self, node: fx.Node) -> None:
         if node.target is torch.ops.qgraph_capture.mark.default:
             self._marked(node)
+        elif node.target is torch.ops.aten.detach_.default:
+            self.twins[node] = self.twins[node.args[0]]  # type: ignore[index]
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:  # dtypes follow from the inputs'
             self._copy(node)
 
     def _copy(self, node: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda used: self.twins[used])
-        call = users_spelling(node.target, args, kwargs) if node.op == "call_function" else (node.op, node.target, args, kwargs)
+        call = (
+            users_spelling(node.target, args, kwargs)
+            if node.op == "call_function"
+            else (node.op, node.target, args, kwargs)
+        )
         self.twins[node] = self.graph.create_node(*call)
         self.twins[node].meta.update(node.meta)
 
     def _marked(self, node: fx.Node) -> None:
         source, number, side, place = node.args
-        assert isinstance(number, int) and isinstance(place, int)
+        assert isinstance(number, int)
+        assert isinstance(place, int)
         if side == _ENTER:
             self.twins[node] = self.twins[source]  # type: ignore[index]
             self.entered.setdefault(number, {})[place] = self.twins[node]
@@ -314,9 +320,16 @@ class _Translation:
             stack = str(result.meta.get("nn_module_stack"))
             start = max((order[node] for node in given), default=order[result])
             found.update(
-                node for node in nodes[start:order[result]] if str(node.meta.get("nn_module_stack")) == stack
+                node for node in nodes[start : order[result]] if str(node.meta.get("nn_module_stack")) == stack
             )
         return found
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _name_sites(gm: fx.GraphModule) -> SiteNames:

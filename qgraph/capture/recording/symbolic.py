@@ -242,9 +242,7 @@ def _name_sites(gm: fx.GraphModule, tracer: _Tracer) -> None:
         set_info(node, NodeInfo(op, site, owner, source_of(node), repeated=names.repeats.get(site)))
 
 
-def observe_graph(
-    gm: fx.GraphModule, recorder: ObservingRecorder, inputs: Inputs, notes: tuple[str, ...]
-) -> Recording:
+def observe_graph(gm: fx.GraphModule, recorder: ObservingRecorder, inputs: Inputs, notes: tuple[str, ...]) -> Recording:
     """Runs a graph whose sites are named on `inputs`, and notes values, writes and flags."""
     recording = recorder.recording
     recording.graph = gm.graph
@@ -277,7 +275,11 @@ def observe_graph(
             owners[id(value)] = node
             recorder.place(value, node)
 
-    recording.output = recorder.watch(inputs, lambda: evaluate(gm, (), inputs, call=call, observe=observe))
+    def run() -> Any:
+        # What happens between the nodes is none of the graph's.
+        return recorder.observed(lambda: evaluate(gm, (), inputs, call=call, observe=observe), ())[0]
+
+    recording.output = recorder.watch(inputs, run)
     recording.notes = notes
     recording.flags[:] = [flag for flag in recording.flags if flag.kind not in _WHOLE]
     return recording
