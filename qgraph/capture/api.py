@@ -20,7 +20,7 @@ from qgraph.capture.boundary.guard import InputGuard
 from qgraph.capture.boundary.strip import strip
 from qgraph.capture.model.copying import copy_model, own_tensors, shared, state_keeper, with_own_memory
 from qgraph.capture.model.source import line_of_error
-from qgraph.capture.options.flags import raise_unless_waived
+from qgraph.capture.options.flags import Unfaithful, raise_unless_waived
 from qgraph.capture.options.leaves import LeafChoice
 from qgraph.capture.options.request import ATTEMPTS, METHODS, ForwardFails, Request, check_request, fails_on_example
 from qgraph.capture.recording.exporting import record_export
@@ -114,12 +114,9 @@ def _first_that_works(request: Request) -> fx.GraphModule:
     for method in ATTEMPTS:
         try:
             gm = _capture(request.by(method))
-        except ForwardFails as error:
-            if method == "jit":
-                raise
-            failures.append((method, error))
-            continue
         except CaptureError as error:
+            if method == "jit" and not _may_be_the_method(error):
+                raise
             failures.append((method, error))
             continue
         tried = tuple(f"captured by {method}, because {failed} failed: {_brief(error)}" for failed, error in failures)
@@ -130,6 +127,13 @@ def _first_that_works(request: Request) -> fx.GraphModule:
     raise CaptureError(
         first.what, where=first.where, why=f"{first.why or 'see above'} (by jit; also tried: {others})", fix=first.fix
     ) from first
+
+
+def _may_be_the_method(error: CaptureError) -> bool:
+    """Whether another method may do better: a value that left torch may stay a value, a hidden state stays hidden."""
+    if isinstance(error, Unfaithful):
+        return error.kinds <= {"scalar", "numpy", "data-shaped", "lost"}
+    return not isinstance(error, ForwardFails)
 
 
 def _brief(error: CaptureError) -> str:

@@ -43,7 +43,8 @@ def users_spelling(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _slice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    value, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    value, dim, start, end, step = args + defaults[len(args) - 1 :]
     end = None if end == sys.maxsize else end
     if dim < 0:  # the rank is not known here
         return "call_function", torch.ops.aten.slice.Tensor, args, kwargs

@@ -30,7 +30,7 @@ from qgraph.capture.recording.symbolic import ObservingRecorder, observe_graph, 
 from qgraph.capture.values.layout import copy_tensor
 from qgraph.capture.values.structure import Inputs, leaves, map_leaves
 from qgraph.capture.values.variants import BatchChoice, batch_choices, tensor_places, with_batch
-from qgraph.errors import CaptureError, QGraphError
+from qgraph.errors import CaptureError
 from qgraph.ir.arguments import classify, writes_in_place
 from qgraph.ir.editor import node_name
 from qgraph.ir.functional import field as get_field
@@ -52,9 +52,11 @@ _LIBRARY.define("mark(Tensor x, int call, int side, int place) -> Tensor")
 _LIBRARY.impl("mark", lambda x, call, side, place: x.clone(), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("qgraph_capture::mark", lib=_LIBRARY)
 def _fake_mark(x: torch.Tensor, call: int, side: int, place: int) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+torch.library.register_fake("qgraph_capture::mark", _fake_mark, lib=_LIBRARY)
 
 
 @dataclass
@@ -130,7 +132,7 @@ def _exported(request: Request, root: nn.Module, inputs: Inputs) -> tuple[_Run, 
     try:
         with torch.no_grad(), _marked_leaves(root, request, flat.run), refusing_blocks("export"):
             program = export(flat, tensors, dynamic_shapes=(_free_sizes(given, choice),), strict=False)
-    except QGraphError:
+    except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(
