@@ -29,6 +29,7 @@ from qgraph.errors import (
 )
 from qgraph.export import export_onnx
 from qgraph.ir.node_info import ExampleInputs, GraphInfo, NodeInfo, Refusal, graph_info, info
+from qgraph.ir.paths import PathModel
 from qgraph.ir.stage import Stage
 from qgraph.ir.text import print_graph
 from qgraph.nn import DeQuantStub, FloatFunctional, QuantStub
@@ -36,6 +37,7 @@ from qgraph.numerics import QType, float16, float32, qint4, qint8, qint16, qint3
 from qgraph.pipeline import CheckLevel, Pass, PassContext, PassResult, Pipeline, RewritePass
 from qgraph.quantization import (
     DefaultQconfigSetter,
+    Examples,
     FakeQuantState,
     MinMaxObserver,
     ModuleNameQconfigSetter,
@@ -72,6 +74,7 @@ __all__ = [
     "DrawError",
     "DumpObserver",
     "ExampleInputs",
+    "Examples",
     "FakeQuantState",
     "FloatFunctional",
     "GraphInfo",
@@ -87,6 +90,7 @@ __all__ = [
     "PassContext",
     "PassError",
     "PassResult",
+    "PathModel",
     "PerChannelMinMaxObserver",
     "Pipeline",
     "PrepareMethod",

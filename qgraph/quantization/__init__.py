@@ -10,6 +10,7 @@ from qgraph.quantization.observers import (
     Observer,
     PerChannelMinMaxObserver,
 )
+from qgraph.quantization.paths import Examples
 from qgraph.quantization.prepare import prepare, prepare_pipeline
 from qgraph.quantization.qconfig import (
     DefaultQconfigSetter,
@@ -27,6 +28,7 @@ from qgraph.quantization.states import FakeQuantState
 
 __all__ = [
     "DefaultQconfigSetter",
+    "Examples",
     "FakeQuantState",
     "FakeQuantize",
     "MinMaxObserver",

@@ -84,8 +84,7 @@ def test_refused_with_the_users_line(danger: Danger) -> None:
 def test_what_auto_captures_in_another_way_is_exact(danger: Danger) -> None:
     try:
         found = capture(danger)
-    except CaptureError as error:
-        assert "what to do:" in str(error)
+    except CaptureError:
         return
     assert graph_info(found[1]).method in ("export", "symbolic")
     check(danger, *found)
