@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
+    "docs/capture.md",
     "docs/artifacts.md",
     "docs/exporting_onnx.md",
     "docs/writing_a_pass.md",
