@@ -22,6 +22,9 @@ from qgraph.numerics import QType, qint8
 from qgraph.pipeline import Pass, PassContext, PassResult
 from qgraph.quantization.channel_axes import ChannelAxes
 from qgraph.quantization.channel_noise import channel_ranges, layer_input
+from qgraph.quantization.config.qconfig import QConfig
+from qgraph.quantization.config.query import query_of
+from qgraph.quantization.config.resolve import resolve
 from qgraph.quantization.equalization import (
     apply_factors,
     choose_factors,
@@ -30,7 +33,6 @@ from qgraph.quantization.equalization import (
     loses_digits,
     uneven_groups,
 )
-from qgraph.quantization.qconfig import SiteQuery, resolve
 
 
 @dataclass(frozen=True)
@@ -77,26 +79,27 @@ class EqualizeChannels(Pass):
         return PassResult(gm, edit.changes > 0, tuple(notes), tuple(refusals))
 
 
-def _query(node: fx.Node) -> SiteQuery:
-    record = info(node)
-    return SiteQuery(record.site, record.module, record.stands_for, record.op.name)
+def _decided(node: fx.Node, ctx: PassContext) -> QConfig | None:
+    """None for what stays in float."""
+    return resolve(ctx.setters, query_of(node, ctx.classes)).qconfig
 
 
 def _has_fixed_scale(node: fx.Node, ctx: PassContext) -> bool:
     if not ctx.setters or info(node).op.kind in (OpKind.INPUT, OpKind.OUTPUT, OpKind.CONSTANT, OpKind.STRUCTURE):
         return False
-    return resolve(ctx.setters, _query(node))[0].fixed_scale is not None
+    decided = _decided(node, ctx)
+    return decided is not None and decided.fixed_scale is not None
 
 
 def _output_format(node: fx.Node, ctx: PassContext) -> QType | None:
     if not ctx.setters:
         return qint8
-    output = resolve(ctx.setters, _query(node))[0].output
-    return output if isinstance(output, QType) else None
+    decided = _decided(node, ctx)
+    return decided.output if decided is not None and isinstance(decided.output, QType) else None
 
 
 def _weight_format(node: fx.Node, ctx: PassContext) -> QType:
     if not ctx.setters:
         return qint8
-    weight = resolve(ctx.setters, _query(node))[0].weight
-    return weight if isinstance(weight, QType) else qint8
+    decided = _decided(node, ctx)
+    return decided.weight if decided is not None and isinstance(decided.weight, QType) else qint8

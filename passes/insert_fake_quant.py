@@ -3,20 +3,22 @@
 In state FLOAT all of them are the identity, so the graph computes what it did: bit exact. A weight that several modules
 share gets one fake quantization, because it is one site, unless they need it in different formats or with scales along
 different dimensions, as a convolution and its transposed twin do. A result that keeps its operand's scale passes the
-operand's fake quantization once more, which then observes both.
+operand's fake quantization once more, which then observes both. The calls of one place in a dynamic block share one
+fake quantization over iterations, because another run may have more or fewer of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, cast
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import fx, nn
 
 from qgraph.errors import InternalError
 from qgraph.ir.arguments import bind
 from qgraph.ir.editor import Editor, node_name
-from qgraph.ir.node_info import NodeInfo, SitePlan, info, module_of, where
+from qgraph.ir.node_info import NodeInfo, SitePlan, graph_info, info, module_of, update_graph_info, where
 from qgraph.ir.op_table import FAKE_QUANT, TRANSPOSED
 from qgraph.ir.stage import Stage
 from qgraph.nn import as_fused
@@ -47,21 +49,30 @@ class InsertFakeQuant(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         edit = ctx.edit(gm, self)
         weights: dict[_WeightKey, WeightFakeQuantize] = {}
+        repeated: dict[Any, str] = {}
         target = ctx.target or get_target("bpu")
         for node in list(gm.graph.nodes):
             record = info(node)
             if record.weight_plan is not None:
                 _quantize_weight(node, record.weight_plan, target.bias, weights, edit)
             if record.plan is not None and record.plan.observer != "none":
-                _quantize_result(node, record, record.plan, edit)
+                _quantize_result(node, record, record.plan, repeated, edit)
+        _note_uneven_fusion(gm)
         for node in list(gm.graph.nodes):
             if info(node).op in ORDERINGS and node.op == "call_function":
                 _order_as_codes(node, edit)
         return PassResult(gm, edit.changes > 0)
 
 
-def _quantize_result(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Editor) -> None:
-    path = _path_of_operand(node) if plan.same_scale else _own_module(node, record, plan, edit)
+def _quantize_result(node: fx.Node, record: NodeInfo, plan: SitePlan, repeated: dict[Any, str], edit: Editor) -> None:
+    if plan.same_scale:
+        path = _path_of_operand(node)
+    elif record.repeated is None:
+        path = _own_module(node, record, plan, edit)
+    else:
+        key = _common_key(record, plan)
+        path = repeated.get(key) or _own_module(node, record, plan, edit)
+        repeated[key] = path
     users = list(node.users)
     rounded = edit.call_module(path, node, op=FAKE_QUANT, like=node, site=f"{record.site}.fake_quant", before=node.next)
     edit.annotate(rounded, value=record.value)
@@ -83,6 +94,35 @@ def _own_module(node: fx.Node, record: NodeInfo, plan: SitePlan, edit: Editor) -
     path = edit.free_path(f"{CONTAINER}.{node_name(record.site)}")
     edit.set_module(path, module.eval())
     return path
+
+
+def _common_key(record: NodeInfo, plan: SitePlan) -> tuple[Any, ...]:
+    """Equal for the calls of one place in a dynamic block that are fused and configured alike."""
+    assert record.repeated is not None
+    common = record.repeated.common(record.site)
+    return record.op, common, _members(record), replace(plan, rule="", overrode=())
+
+
+def _members(record: NodeInfo) -> tuple[str, ...]:
+    """What a call stands for, without call numbers."""
+    return tuple(site.partition("(")[0] for site in record.stands_for)
+
+
+def _note_uneven_fusion(gm: fx.GraphModule) -> None:
+    """Tells where the iterations of a dynamic block are fused differently: those do not share a scale."""
+    found: dict[str, dict[tuple[str, ...], str]] = defaultdict(dict)
+    for node in gm.graph.nodes:
+        record = info(node)
+        if record.repeated is not None and record.op is not FAKE_QUANT and record.site == record.repeated.site:
+            found[record.repeated.identity].setdefault(_members(record), record.site)
+    notes = [
+        "iterations of a dynamic block are fused differently and have scales of their own: "
+        + ", ".join(f"{site} as {' + '.join(members)}" for members, site in kinds.items())
+        for kinds in found.values()
+        if len(kinds) > 1
+    ]
+    known = graph_info(gm).notes
+    update_graph_info(gm, notes=(*known, *(note for note in notes if note not in known)))
 
 
 def _path_of_operand(node: fx.Node) -> str:

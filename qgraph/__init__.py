@@ -11,7 +11,7 @@ qgraph.draw(integer, "graph.svg")
 
 from qgraph.analysis import Cause, ConsistencyReport, SiteConsistency, check_consistency, compare_sites
 from qgraph.artifact import load, save
-from qgraph.capture import trace
+from qgraph.capture import PrepareMethod, Tracer, trace
 from qgraph.errors import (
     ArtifactError,
     CaptureError,
@@ -29,6 +29,7 @@ from qgraph.errors import (
 )
 from qgraph.export import export_onnx
 from qgraph.ir.node_info import ExampleInputs, GraphInfo, NodeInfo, Refusal, graph_info, info
+from qgraph.ir.paths import PathModel
 from qgraph.ir.stage import Stage
 from qgraph.ir.text import print_graph
 from qgraph.nn import DeQuantStub, FloatFunctional, QuantStub
@@ -39,6 +40,7 @@ from qgraph.quantization import (
     ClipStdObserver,
     ConvDtypeTemplate,
     DefaultQconfigSetter,
+    Examples,
     FakeQuantState,
     FixedScaleObserver,
     HistogramObserver,
@@ -111,6 +113,7 @@ __all__ = [
     "DrawError",
     "DumpObserver",
     "ExampleInputs",
+    "Examples",
     "FakeQuantState",
     "FixedScaleObserver",
     "FloatFunctional",
@@ -135,12 +138,14 @@ __all__ = [
     "PassContext",
     "PassError",
     "PassResult",
+    "PathModel",
     "PerChannelMinMaxObserver",
     "PercentileObserver",
     "Pipeline",
     "Plan",
     "PlanChange",
     "PlannedSite",
+    "PrepareMethod",
     "QConfig",
     "QConfigSetter",
     "QGraphError",
@@ -162,6 +167,7 @@ __all__ = [
     "Target",
     "TargetError",
     "Threshold",
+    "Tracer",
     "UserError",
     "VerifyError",
     "__version__",

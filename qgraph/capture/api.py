@@ -17,11 +17,13 @@ from torch import fx, nn
 from qgraph.capture.batch.freeing import Batch, free_batch, input_node
 from qgraph.capture.batch.merge import apply_merge
 from qgraph.capture.boundary.guard import InputGuard
+from qgraph.capture.boundary.strip import strip
 from qgraph.capture.model.copying import copy_model, own_tensors, shared, state_keeper, with_own_memory
 from qgraph.capture.model.source import line_of_error
-from qgraph.capture.options.flags import raise_unless_waived
+from qgraph.capture.options.flags import Unfaithful, raise_unless_waived
 from qgraph.capture.options.leaves import LeafChoice
-from qgraph.capture.options.request import METHODS, Request, check_request, fails_on_example
+from qgraph.capture.options.request import ATTEMPTS, METHODS, ForwardFails, Request, check_request, fails_on_example
+from qgraph.capture.recording.exporting import record_export
 from qgraph.capture.recording.record import Recording, StateWrite
 from qgraph.capture.recording.recorder import Recorder
 from qgraph.capture.recording.symbolic import record_symbolically
@@ -33,7 +35,7 @@ from qgraph.capture.verification.replay import Outcome, Reference, replay
 from qgraph.capture.writes.inplace import InPlaceRemover
 from qgraph.errors import CaptureError, QGraphError
 from qgraph.ir.graph_module import CheckedGraphModule
-from qgraph.ir.node_info import ExampleInputs, GraphInfo, NodeInfo, set_info
+from qgraph.ir.node_info import ExampleInputs, GraphInfo, NodeInfo, graph_info, set_info, update_graph_info
 from qgraph.ir.op_table import GUARD
 from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
@@ -58,7 +60,9 @@ def trace(
         model: the float model in eval mode; it is not changed.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as for calling the model. They
             decide the path through Python control flow, and all sizes but the batch.
-        method: `jit` runs the real forward and records it; `symbolic` uses torch.fx; `auto` is `jit`.
+        method: a `PrepareMethod` or its name. `jit` runs the real forward and records it; `jit_strip` keeps of that
+            what lies between QuantStub and DeQuantStub; `symbolic` uses torch.fx, `export` torch.export; `auto` takes
+            the first of jit, export and symbolic that succeeds, and notes why the others failed.
         waive: kinds of flags to accept: scalar, numpy, data-shaped, random, autocast, state, lost.
         leaf_modules: a module class or path, or several, to keep as single nodes.
         verify: whether to replay the graph on other values and another batch size and compare exactly.
@@ -93,7 +97,48 @@ def trace_shared(
     """
     request = check_request(model, example_inputs, method, waive, leaf_modules, verify)
     with torch.inference_mode(False), reproducible(), kept_random_states(), paused_collection():
+        if request.method == "auto":
+            return _first_that_works(request)
+        if request.method == "jit_strip":
+            return strip(_capture(request.by("jit")))
         return _capture(request)
+
+
+def _first_that_works(request: Request) -> fx.GraphModule:
+    """Tries the methods in turn; a note tells why the earlier ones failed.
+
+    Raises:
+        CaptureError: all failed; the message lists each attempt.
+    """
+    failures: list[tuple[str, CaptureError]] = []
+    for method in ATTEMPTS:
+        try:
+            gm = _capture(request.by(method))
+        except CaptureError as error:
+            if method == "jit" and not _may_be_the_method(error):
+                raise
+            failures.append((method, error))
+            continue
+        tried = tuple(f"captured by {method}, because {failed} failed: {_brief(error)}" for failed, error in failures)
+        update_graph_info(gm, notes=(*graph_info(gm).notes, *tried))
+        return gm
+    first = failures[0][1]
+    others = "; ".join(f"{method}: {_brief(error)}" for method, error in failures[1:])
+    raise CaptureError(
+        first.what, where=first.where, why=f"{first.why or 'see above'} (by jit; also tried: {others})", fix=first.fix
+    ) from first
+
+
+def _may_be_the_method(error: CaptureError) -> bool:
+    """Whether another method may do better: a value that left torch may stay a value, a hidden state stays hidden."""
+    if isinstance(error, Unfaithful):
+        return error.kinds <= {"scalar", "numpy", "data-shaped", "lost"}
+    return not isinstance(error, ForwardFails)
+
+
+def _brief(error: CaptureError) -> str:
+    place = f" at {error.where}" if error.where else ""
+    return f"{error.what}{place}" + (f" ({error.why})" if error.why else "")
 
 
 def _capture(request: Request) -> fx.GraphModule:
@@ -110,7 +155,7 @@ def _capture(request: Request) -> fx.GraphModule:
 
 
 def _finish(request: Request, root: nn.Module, recording: Recording) -> fx.GraphModule:
-    notes = raise_unless_waived(recording.flags, request.waived, request.name)
+    notes = (*raise_unless_waived(recording.flags, request.waived, request.name), *recording.notes)
     reference = Reference(request) if request.verify else None
     batch = free_batch(request, recording, reference)
     if batch.merged is not None and batch.choice is not None:
@@ -127,6 +172,8 @@ def _record(request: Request, root: nn.Module, inputs: Inputs) -> Recording:
     try:
         if request.method == "symbolic":
             return record_symbolically(request, root, inputs)
+        if request.method == "export":
+            return record_export(request, root, inputs)
         recorder = Recorder(root, request.leaf, protected=not request.writable)
         return recorder.run(inputs, lambda: request.call(root, inputs))
     except StateWrite as error:

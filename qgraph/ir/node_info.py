@@ -67,6 +67,25 @@ class SitePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Repeated:
+    """What a call in a dynamic block shares with the same call in other iterations.
+
+    Args:
+        block: the block's path.
+        identity: the same for every iteration.
+        site: the call's own site.
+    """
+
+    block: str
+    identity: str
+    site: str
+
+    def common(self, site: str) -> str:
+        """`site`, the call's own or one derived from it, as it is called in every iteration."""
+        return site.replace(self.site, self.identity, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class NodeInfo:
     """Everything qgraph knows of a node.
 
@@ -88,6 +107,7 @@ class NodeInfo:
         qparams: scale and zero point of the result, once frozen.
         weight_qparams: scale and zero point of the module's weight, once frozen.
         float_reason: why the node stays in float arithmetic, if it does.
+        repeated: what the call shares with other iterations, if it is in a dynamic block.
     """
 
     op: Op
@@ -107,6 +127,7 @@ class NodeInfo:
     qparams: QParams | None = None
     weight_qparams: QParams | None = None
     float_reason: str | None = None
+    repeated: Repeated | None = None
 
     @property
     def stands_for(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ from qgraph.quantization.observers import (
     PercentileObserver,
     PerChannelMinMaxObserver,
 )
+from qgraph.quantization.paths import Examples
 from qgraph.quantization.plan import Plan, PlanChange, PlannedSite
 from qgraph.quantization.prepare import prepare, prepare_pipeline
 from qgraph.quantization.reset_scale import reset_scale
@@ -68,6 +69,7 @@ __all__ = [
     "ClipStdObserver",
     "ConvDtypeTemplate",
     "DefaultQconfigSetter",
+    "Examples",
     "FakeQuantState",
     "FakeQuantize",
     "FixedScaleObserver",

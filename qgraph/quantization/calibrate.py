@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from qgraph.errors import QGraphError, UserError
+from qgraph.ir.paths import PathModel, refusal
 from qgraph.quantization.input_ranges import InputSamples, fit_input_scales
 from qgraph.quantization.sites import require_float32, require_prepared, set_fake_quantize, snapshot
 from qgraph.quantization.states import FakeQuantState
 
 
 def calibrate(
-    model: fx.GraphModule,
+    model: fx.GraphModule | PathModel,
     loader: Iterable[Any],
     num_steps: int | None = None,
     *,
@@ -30,7 +31,8 @@ def calibrate(
     The graph runs in eval mode and without gradients. After an error the model is as it was before.
 
     Args:
-        model: what `prepare` returned; it is changed. Ranges of an earlier calibration are extended.
+        model: what `prepare` returned; it is changed. Ranges of an earlier calibration are extended. Of a model with
+            several paths, every path must see data.
         loader: batches: a tensor, a tuple or list whose first elements are the model's inputs (labels may follow), or
             a mapping with the model's input names.
         num_steps: stop after this many batches; None for all.
@@ -41,27 +43,32 @@ def calibrate(
         UserError: the loader is empty or its batches do not fit the model.
         QuantizationError: the data holds NaN or infinite values; the message names the first site that saw them.
     """
-    gm = require_prepared(model, "calibrate")
-    require_float32(gm)
+    graphs = model.graphs if isinstance(model, PathModel) else (require_prepared(model, "calibrate"),)
+    for gm in graphs:
+        require_float32(require_prepared(gm, "calibrate"))
     _check_arguments(loader, num_steps)
-    restore = snapshot(gm)
-    samples = InputSamples(gm)
+    restores = [snapshot(gm) for gm in graphs]
+    samples = [InputSamples(gm) for gm in graphs]
     try:
-        set_fake_quantize(gm, FakeQuantState.CALIBRATION)
-        with evaluating(gm), torch.no_grad(), samples.watching() if fit_inputs else nullcontext():
-            count = _observe(gm, loader, num_steps, progress)
+        set_fake_quantize(model, FakeQuantState.CALIBRATION)
+        with evaluating(model), torch.no_grad(), ExitStack() as watching:
+            for sample in samples if fit_inputs else ():
+                watching.enter_context(sample.watching())
+            count = _observe(model, loader, num_steps, progress)
         if count == 0:
             raise UserError(
                 "the calibration loader is empty",
                 why="no batch means no range for any site",
                 fix="give a loader with at least one batch; an iterator that was used up before is empty too",
             )
-        set_fake_quantize(gm, FakeQuantState.VALIDATION)
+        set_fake_quantize(model, FakeQuantState.VALIDATION)
         if fit_inputs:
-            fit_input_scales(gm, samples)
-            set_fake_quantize(gm, FakeQuantState.VALIDATION)  # the steps of biases follow from the inputs' scales
+            for gm, sample in zip(graphs, samples, strict=True):
+                fit_input_scales(gm, sample)
+            set_fake_quantize(model, FakeQuantState.VALIDATION)  # the steps of biases follow from the inputs' scales
     except BaseException:
-        restore()
+        for restore in restores:
+            restore()
         raise
 
 
@@ -103,20 +110,40 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _observe(gm: fx.GraphModule, loader: Iterable[Any], num_steps: int | None, progress: bool) -> int:
+def _observe(model: fx.GraphModule | PathModel, loader: Iterable[Any], num_steps: int | None, progress: bool) -> int:
     """Runs the batches; returns how many there were."""
-    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     total = _length(loader, num_steps)
     count = 0
     for batch in tqdm(islice(loader, num_steps), total=total, desc="calibrate", disable=not progress, leave=False):
         try:
-            args, kwargs = batch_inputs(batch, names)
-            gm(*args, **kwargs)
+            _run_batch(model, batch)
         except QGraphError as error:
             error.attach(f"in batch {count} of the calibration loader")
             raise
         count += 1
     return count
+
+
+def _run_batch(model: fx.GraphModule | PathModel, batch: Any) -> None:
+    """Runs one batch; of several paths, the one that takes the most of it, because labels may follow the inputs."""
+    if not isinstance(model, PathModel):
+        args, kwargs = batch_inputs(batch, _input_names(model))
+        model(*args, **kwargs)
+        return
+    for gm in sorted(model.graphs, key=lambda gm: -len(_input_names(gm))):
+        try:
+            args, kwargs = batch_inputs(batch, _input_names(gm))
+        except UserError:  # it takes more than there is
+            continue
+        if refusal(gm, args, kwargs) is None:
+            gm(*args, **kwargs)
+            return
+    args, kwargs = batch_inputs(batch, _input_names(model.graphs[0]))
+    model(*args, **kwargs)  # says why no path takes it
+
+
+def _input_names(gm: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def batch_inputs(batch: Any, names: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 from torch import fx, nn
 
@@ -11,6 +11,7 @@ from qgraph.capture.model.copying import own_tensors
 from qgraph.errors import UserError
 from qgraph.ir.copying import copy_graph
 from qgraph.ir.node_info import ExampleInputs, graph_info, submodule_at, update_graph_info
+from qgraph.ir.paths import PathModel
 from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
 from qgraph.nn import Fused, clone_module
@@ -29,6 +30,18 @@ def convert_pipeline(*, strict: bool = False) -> Pipeline:
     return Pipeline.parse(CONVERT.replace("lower-to-integer", "lower-to-integer{strict=true}") if strict else CONVERT)
 
 
+@overload
+def convert(
+    model: PathModel,
+    *,
+    strict: bool = False,
+    pipeline: Pipeline | None = None,
+    checks: CheckLevel = CheckLevel.NUMERICS,
+    observers: Iterable[PassObserver] = (),
+) -> PathModel: ...
+
+
+@overload
 def convert(
     model: fx.GraphModule,
     *,
@@ -36,7 +49,17 @@ def convert(
     pipeline: Pipeline | None = None,
     checks: CheckLevel = CheckLevel.NUMERICS,
     observers: Iterable[PassObserver] = (),
-) -> fx.GraphModule:
+) -> fx.GraphModule: ...
+
+
+def convert(
+    model: fx.GraphModule | PathModel,
+    *,
+    strict: bool = False,
+    pipeline: Pipeline | None = None,
+    checks: CheckLevel = CheckLevel.NUMERICS,
+    observers: Iterable[PassObserver] = (),
+) -> fx.GraphModule | PathModel:
     """The integer graph of a prepared model.
 
     Args:
@@ -55,6 +78,10 @@ def convert(
         QuantizationError: a scale cannot be used, or `strict` and what it refuses is found.
         UserError: `model` is not prepared, or `pipeline` does not fit.
     """
+    if isinstance(model, PathModel):
+        return model.mapped(
+            lambda gm: convert(gm, strict=strict, pipeline=pipeline, checks=checks, observers=observers)
+        )
     gm = require_prepared(model, "convert")
     require_float32(gm)
     require_pipeline(pipeline)

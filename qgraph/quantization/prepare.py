@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx, nn
@@ -13,10 +13,12 @@ from qgraph.capture.model.copying import own_tensors
 from qgraph.errors import QuantizationError, UserError
 from qgraph.ir.node_info import KEY, GraphInfo, graph_info, info, tensor_at, update_graph_info, where
 from qgraph.ir.op_table import FAKE_QUANT, QUANT_STUB
+from qgraph.ir.paths import PathModel
 from qgraph.ir.stage import Stage
 from qgraph.memory import paused_collection
 from qgraph.pipeline import CheckLevel, PassContext, PassObserver, Pipeline
 from qgraph.quantization.config.resolve import as_setters
+from qgraph.quantization.paths import Examples, prepare_paths
 from qgraph.targets import Target, get_target
 
 # Order matters: constants fold before sharing is looked at; layers are taken apart before their linears are fused;
@@ -34,6 +36,24 @@ def prepare_pipeline() -> Pipeline:
     return Pipeline.parse(PREPARE)
 
 
+@overload
+def prepare(
+    model: nn.Module,
+    example_inputs: Examples,
+    qconfig_setter: Any = None,
+    method: str = "auto",
+    target: Target | str = "bpu",
+    *,
+    pipeline: Pipeline | None = None,
+    waive: Iterable[str] = (),
+    leaf_modules: Iterable[type[nn.Module] | str] = (),
+    verify: bool = True,
+    checks: CheckLevel = CheckLevel.NUMERICS,
+    observers: Iterable[PassObserver] = (),
+) -> PathModel: ...
+
+
+@overload
 def prepare(
     model: nn.Module,
     example_inputs: Any,
@@ -47,8 +67,27 @@ def prepare(
     verify: bool = True,
     checks: CheckLevel = CheckLevel.NUMERICS,
     observers: Iterable[PassObserver] = (),
-) -> fx.GraphModule:
+) -> fx.GraphModule: ...
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    qconfig_setter: Any = None,
+    method: str = "auto",
+    target: Target | str = "bpu",
+    *,
+    pipeline: Pipeline | None = None,
+    waive: Iterable[str] = (),
+    leaf_modules: Iterable[type[nn.Module] | str] = (),
+    verify: bool = True,
+    checks: CheckLevel = CheckLevel.NUMERICS,
+    observers: Iterable[PassObserver] = (),
+) -> fx.GraphModule | PathModel:
     """Captures a float model and makes it ready for quantization on a target.
+
+    With `Examples(first, second, ...)` there is one graph per path of the forward, in a `PathModel` that picks the path
+    at every call; `calibrate`, `set_fake_quantize`, `convert` and `Simulator` take it as they take a graph.
 
     Args:
         model: the float model in eval mode, float32; it is not changed.
@@ -71,6 +110,12 @@ def prepare(
         QuantizationError: weights are not finite or not float32, or a setting is illegal or without effect.
         UserError: the arguments do not fit.
     """
+    if isinstance(example_inputs, Examples):
+        options: dict[str, Any] = {"waive": waive, "leaf_modules": leaf_modules, "verify": verify}
+        options.update(pipeline=pipeline, checks=checks, observers=observers)
+        return prepare_paths(
+            example_inputs, lambda example: prepare(model, example, qconfig_setter, method, target, **options)
+        )
     chosen = get_target(target)
     require_pipeline(pipeline)
     is_module = isinstance(model, nn.Module)

@@ -12,6 +12,7 @@ from qgraph.errors import QuantizationError, StateError, UserError, did_you_mean
 from qgraph.ir.arguments import bind
 from qgraph.ir.node_info import graph_info, info, module_of
 from qgraph.ir.op_table import FUSABLE
+from qgraph.ir.paths import PathModel
 from qgraph.ir.stage import Stage
 from qgraph.lowering.products import accumulator_step, scale_repeats
 from qgraph.nn import Fused
@@ -57,7 +58,9 @@ def require_float32(gm: fx.GraphModule) -> None:
             )
 
 
-def set_fake_quantize(model: fx.GraphModule, state: FakeQuantState, sites: Iterable[str] | None = None) -> None:
+def set_fake_quantize(
+    model: fx.GraphModule | PathModel, state: FakeQuantState, sites: Iterable[str] | None = None
+) -> None:
     """Puts the sites of a prepared model into `state`.
 
     Moving to VALIDATION computes scales that calibration or training left open, and those of the current weights.
@@ -71,6 +74,9 @@ def set_fake_quantize(model: fx.GraphModule, state: FakeQuantState, sites: Itera
         StateError: the move needs data the model has not seen.
         UserError: `model` is not prepared, `state` is no state, or there is no such site.
     """
+    if isinstance(model, PathModel):
+        _set_in_paths(model, state, sites)
+        return
     gm = require_prepared(model, "set_fake_quantize")
     if not isinstance(state, FakeQuantState):
         raise UserError(f"{state!r} is no FakeQuantState", fix="use for example FakeQuantState.VALIDATION")
@@ -79,6 +85,20 @@ def set_fake_quantize(model: fx.GraphModule, state: FakeQuantState, sites: Itera
         settle(gm, chosen)
     for module in chosen:
         module.state = state
+
+
+def _set_in_paths(model: PathModel, state: FakeQuantState, sites: Iterable[str] | None) -> None:
+    wanted = None if sites is None else list(sites)
+    for gm in model.graphs:
+        own = {module.site for module in quantizers(gm)}
+        chosen = None if wanted is None else [site for site in wanted if site in own]
+        if chosen is None or chosen:
+            set_fake_quantize(gm, state, chosen)
+    if wanted is not None:
+        known = {module.site for gm in model.graphs for module in quantizers(gm)}
+        for site in wanted:
+            if site not in known:
+                raise UserError(f"no path has a site {site!r}", fix=did_you_mean(str(site), known))
 
 
 def quantizers(gm: fx.GraphModule) -> Iterator[Quantizer]:

@@ -26,6 +26,7 @@ from qgraph.ir.evaluate import note_node
 from qgraph.ir.integer import integer_name
 from qgraph.ir.node_info import graph_info, info, where
 from qgraph.ir.op import OpKind
+from qgraph.ir.paths import PathModel
 from qgraph.ir.stage import Stage
 from qgraph.simulator.cost import OpCost, op_cost
 from qgraph.simulator.fast import FUNCTIONS
@@ -185,6 +186,27 @@ class SimulatorRun:
         return tabulate(rows, headers=headers)
 
 
+class PathSimulator:
+    """Simulators for the paths of a model; a call runs the path for its inputs.
+
+    Args:
+        integer: what `convert` made of a model with several paths.
+        kernels: as for `Simulator`.
+    """
+
+    def __init__(self, integer: PathModel, kernels: str = "fast") -> None:
+        self.model = integer
+        self.paths = [Simulator(gm, kernels) for gm in integer.graphs]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs, computed in integers."""
+        return self.paths[self.model.path_of(args, kwargs)](*args, **kwargs)
+
+    def run(self, *args: Any, record: bool | Iterable[str] = False, **kwargs: Any) -> SimulatorRun:
+        """As `Simulator.run` with `record`, on the path for these inputs; other options need a path's own simulator."""
+        return self.paths[self.model.path_of(args, kwargs)].run(*args, record=record, **kwargs)
+
+
 class Simulator:
     """Executes an integer graph with a set of kernels.
 
@@ -201,6 +223,10 @@ class Simulator:
         UserError: the graph is not in stage INTEGER, or the set does not exist.
         MissingKernel: the set has no kernel for an operator of the graph.
     """
+
+    def __new__(cls, integer: fx.GraphModule | PathModel, kernels: str = "fast") -> Any:
+        """A simulator per path, where there are several."""
+        return PathSimulator(integer, kernels) if isinstance(integer, PathModel) else super().__new__(cls)
 
     def __init__(self, integer: fx.GraphModule, kernels: str = "fast") -> None:
         if not isinstance(integer, fx.GraphModule) or graph_info(integer).stage is not Stage.INTEGER:

@@ -69,7 +69,7 @@ def test_free_batch(danger: Danger) -> None:
 @pytest.mark.parametrize("danger", REFUSALS, ids=name_of)
 def test_refused_with_the_users_line(danger: Danger) -> None:
     with pytest.raises(CaptureError) as raised:
-        capture(danger)
+        capture(danger, method="jit")
     message = str(raised.value)
     assert "what to do:" in message
     if danger.expect != REFUSED:
@@ -77,6 +77,17 @@ def test_refused_with_the_users_line(danger: Danger) -> None:
         line = "an unknown line" if danger.name == "python_random" else "/tests/capture/dangers/"
         assert line in message, "the user's line is named"
         assert f"waive=({danger.expect!r}" in message, "and how to accept it"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("danger", REFUSALS, ids=name_of)
+def test_what_auto_captures_in_another_way_is_exact(danger: Danger) -> None:
+    try:
+        found = capture(danger)
+    except CaptureError:
+        return
+    assert graph_info(found[1]).method in ("export", "symbolic")
+    check(danger, *found)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "docs/accuracy.md",
+    "docs/capture.md",
     "docs/artifacts.md",
     "docs/configuration.md",
     "docs/exporting_onnx.md",

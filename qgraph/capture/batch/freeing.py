@@ -82,7 +82,9 @@ def input_node(recording: Recording, choice: BatchChoice) -> fx.Node:
 def _freed(request: Request, recording: Recording, reference: Reference | None, choice: BatchChoice) -> Batch:
     factor = REPLAY_FACTORS[0]
     outcome = None if reference is None else _outcome(request, choice, reference, factor)
-    if request.method == "symbolic":
+    if recording.size_guards:
+        raise CannotMerge(f"the forward depends on it: {recording.size_guards[0]}")
+    if request.method in ("symbolic", "export"):
         return Batch(choice, outcome=outcome, size=choice.size * factor)  # fx keeps sizes as nodes
     merged = _merged(request, recording, choice)
     served = next((factor for factor in REPLAY_FACTORS if merged.serves(choice.size * factor)), None)

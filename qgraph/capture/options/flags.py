@@ -50,6 +50,12 @@ class Flag:
         return f"{self.kind}: {self.what}{owner} at {self.source or 'an unknown line'}"
 
 
+class Unfaithful(CaptureError):
+    """What was recorded is not what the model does; `kinds` says why, in words of `KINDS` or as `replay`."""
+
+    kinds: frozenset[str] = frozenset()
+
+
 def check_waivers(waive: Iterable[str]) -> frozenset[str]:
     """The waived kinds.
 
@@ -72,11 +78,13 @@ def raise_unless_waived(flags: Iterable[Flag], waived: frozenset[str], model: st
     open_flags = [flag for flag in unique if flag.kind not in waived]
     if open_flags:
         kinds = list(dict.fromkeys(flag.kind for flag in open_flags))
-        raise CaptureError(
+        error = Unfaithful(
             f"the capture of {model} would not be faithful",
             where="; ".join(map(str, open_flags)),
             why="; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds),
             fix="; ".join(_REMEDIES[kind] for kind in kinds)
             + f"; if it is harmless, pass waive={tuple(kinds)!r} to trace or prepare",
         )
+        error.kinds = frozenset(kinds)
+        raise error
     return tuple(f"waived {flag}" for flag in unique)

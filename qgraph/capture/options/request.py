@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,7 +18,27 @@ from qgraph.capture.values.structure import Inputs, as_example, bind_to_forward
 from qgraph.capture.values.variants import check_inputs
 from qgraph.errors import CaptureError, UserError, did_you_mean
 
-METHODS = ("auto", "jit", "symbolic")
+
+class PrepareMethod(str, Enum):
+    """How a model is captured; each stands for the text of its value."""
+
+    AUTO = "auto"
+    """`JIT`, then `EXPORT`, then `SYMBOLIC`: the first that captures the model faithfully."""
+    JIT = "jit"
+    """Runs the real forward on the example inputs and records it."""
+    JIT_STRIP = "jit_strip"
+    """As `JIT`, and keeps only what lies between the model's QuantStubs and DeQuantStubs."""
+    SYMBOLIC = "symbolic"
+    """Traces with torch.fx."""
+    EXPORT = "export"
+    """Exports with torch.export, sizes of the batch free."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+METHODS = tuple(method.value for method in PrepareMethod)
+ATTEMPTS = ("jit", "export", "symbolic")  # what `auto` tries, in this order
 
 
 @dataclass(frozen=True)
@@ -28,7 +49,7 @@ class Request:
         model: the user's model, without wrappers.
         inputs: the example inputs by name, those given by position first.
         positional: how many were given by position.
-        method: `jit` or `symbolic`.
+        method: one of `METHODS`.
         leaf: which modules stay single nodes.
         waived: kinds of flags to accept.
         verify: whether to replay the graph.
@@ -52,6 +73,10 @@ class Request:
         """Whether the forward may write to the model's tensors."""
         return "state" in self.waived
 
+    def by(self, method: str) -> Request:
+        """The same request for another method."""
+        return replace(self, method=method)
+
     def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], Inputs]:
         """Named inputs as the example gives them: by position and by keyword."""
         names = list(inputs)
@@ -64,9 +89,13 @@ class Request:
         return model(*args, **kwargs)
 
 
-def fails_on_example(model: str, where: str | None, error: Exception) -> CaptureError:
+class ForwardFails(CaptureError):
+    """The model's own forward raises on the example inputs: no method can help."""
+
+
+def fails_on_example(model: str, where: str | None, error: Exception) -> ForwardFails:
     """What is raised where the model's own forward fails."""
-    return CaptureError(
+    return ForwardFails(
         f"{model} fails on the example inputs",
         where=where,
         why=f"{type(error).__name__}: {error}",
@@ -92,8 +121,7 @@ def check_request(
             f"trace needs a torch.nn.Module, got a {type(model).__name__}",
             fix="pass an instance of the model's class, not the class or a function",
         )
-    if method not in METHODS:
-        raise UserError(f"unknown capture method {method!r}", fix=did_you_mean(method, METHODS))
+    method = _known_method(method)
     model = unwrapped(model)
     _refuse_scripted(model)
     walked = walk_modules(model)
@@ -102,9 +130,21 @@ def check_request(
     example = as_example(example_inputs)
     inputs = bind_to_forward(model, example)
     check_inputs(inputs)
-    chosen = "jit" if method == "auto" else method
     leaf = leaf_rule(model, leaf_modules)
-    return Request(model, inputs, len(example.args), chosen, leaf, check_waivers(waive), verify)
+    return Request(model, inputs, len(example.args), method, leaf, check_waivers(waive), verify)
+
+
+def _known_method(method: str) -> str:
+    name = str(method).lower()
+    if name == "eager":
+        raise UserError(
+            "the prepare method eager is not available",
+            why="qgraph quantizes graphs, and a model prepared by hand has none",
+            fix="use jit, which keeps stubs and FloatFunctionals that stand in the model",
+        )
+    if name not in METHODS:
+        raise UserError(f"unknown capture method {method!r}", fix=did_you_mean(name, METHODS))
+    return name
 
 
 def _refuse_scripted(model: nn.Module) -> None:

@@ -73,6 +73,8 @@ class Recording:
         state: storages of the model's own tensors, with their paths.
         device: where the inputs were.
         tagged: tensors that carry tags.
+        notes: remarks for the user.
+        size_guards: what the forward asked about the batch size, where the batch may not change because of it.
     """
 
     graph: fx.Graph
@@ -88,6 +90,8 @@ class Recording:
     state: dict[int, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tagged: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    size_guards: tuple[str, ...] = ()
 
     def tag(self, tensor: torch.Tensor, node: fx.Node, path: tuple[Any, ...] = ()) -> None:
         """Marks a tensor as the value of `node`, or as a part of it."""

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from qgraph.capture.boundary.outputs import output_argument
+from qgraph.capture.model.blocks import listening_blocks
 from qgraph.capture.model.names import module_paths, state_storages
 from qgraph.capture.model.source import functional_module, user_line
 from qgraph.capture.model.state import random_states, watched_attributes
@@ -89,13 +90,15 @@ class Recorder(RecordedNodes):
             self._add_input(name, value)
 
         def listened() -> Any:
-            with listening_modules(self), FunctionMode(self):
+            blocks = listening_blocks(self.names, self.module_paths, lambda: self.names.owner)
+            with blocks, listening_modules(self), FunctionMode(self):
                 return call()
 
         output = recording.output = self.watch(inputs, listened)
         argument = output_argument(recording.graph, output, self.node_of)
         set_info(recording.graph.output(argument), NodeInfo(OUTPUT, "output"))
         self._note_the_rest()
+        recording.notes = self.names.notes()
         recording.graph.lint()
         return recording
 
@@ -193,6 +196,7 @@ class Recorder(RecordedNodes):
         source = user_line()
         value = None if result is None else spec_of(result)
         record = NodeInfo(op, site, self.names.owner, source, value, in_place=bool(written), random=self.drew_random())
+        record = replace(record, repeated=self.names.repeats.get(site))
         set_info(node, record)
         node.meta["stack_trace"] = f'File "{source.file}", line {source.line}, in {source.function}' if source else ""
         tensors = flat_tensors((result,))

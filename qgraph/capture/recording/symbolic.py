@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from qgraph.capture.boundary.outputs import output_argument
-from qgraph.capture.model.names import Scope, SiteNames, plain_tensors, walk_modules
+from qgraph.capture.model.blocks import listening_blocks
+from qgraph.capture.model.names import Place, Scope, SiteNames, module_paths, plain_tensors, walk_modules
 from qgraph.capture.model.source import functional_module, is_user_file, line_of_error, user_line
 from qgraph.capture.options.flags import Flag
 from qgraph.capture.options.request import Request, fails_on_example
@@ -32,7 +33,7 @@ from qgraph.ir.evaluate import call_node, evaluate
 from qgraph.ir.functional import field as get_field
 from qgraph.ir.functional import item as get_item
 from qgraph.ir.node_info import NodeInfo, SourceLine, has_info, info, set_info
-from qgraph.ir.op_table import CAST, FIELD, IDENTITY, INPUT, ITEM, OPAQUE, SCALAR
+from qgraph.ir.op_table import CAST, FIELD, IDENTITY, INPUT, ITEM, OPAQUE, REBUILD, SCALAR
 from qgraph.ir.values import spec_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -59,6 +60,8 @@ class _Tracer(fx.Tracer):
         self.flags = flags
         self.record_stack_traces = True
         self.methods: dict[fx.Node, tuple[str, str]] = {}
+        self.names = SiteNames()
+        self.places: dict[fx.Node, Place] = {}
         self.devices = {tensor.device.type for tensor in tensors_in(list(inputs.values()))}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -85,7 +88,14 @@ class _Tracer(fx.Tracer):
         functional = functional_module() if kind.startswith("call") else None
         if functional is not None:
             self.methods[node] = (self.path_of_module(functional[0]), functional[1])
+        place = self.names.place()
+        if place is not None:
+            self.places[node] = place
         return node
+
+    def running(self) -> str:
+        """Path of the module whose forward runs."""
+        return self.scope.module_path
 
     def _proxies(self, name: str, value: Any) -> Any:
         """`value` with every tensor replaced by a proxy, and the nodes that take it apart."""
@@ -107,7 +117,7 @@ class _Tracer(fx.Tracer):
         return proxy
 
 
-class _Recorder(Recorder):
+class ObservingRecorder(Recorder):
     """Blames what it notes on the node that runs, if one does, rather than on the code that runs the graph."""
 
     running: NodeInfo | None = None
@@ -131,21 +141,22 @@ def record_symbolically(request: Request, root: nn.Module, inputs: Inputs) -> Re
         CaptureError: fx cannot trace the model; the message carries fx's reason and the user's line.
         StateWrite: the forward writes to the model's tensors while fx traces it.
     """
-    recorder = _Recorder(root, request.leaf, protected=not request.writable)
+    recorder = ObservingRecorder(root, request.leaf, protected=not request.writable)
     tracer = _Tracer(request, inputs, recorder.recording.flags)
     _trace(tracer, recorder, inputs)
     gm = fx.GraphModule(root, tracer.graph)
     _name_sites(gm, tracer)
-    return _observe(gm, recorder, inputs)
+    return observe_graph(gm, recorder, inputs, tracer.names.notes())
 
 
-def _trace(tracer: _Tracer, recorder: _Recorder, inputs: Inputs) -> None:
+def _trace(tracer: _Tracer, recorder: ObservingRecorder, inputs: Inputs) -> None:
     root = recorder.root
     own = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
     own |= {id(tensor) for _, _, tensor in plain_tensors(walk_modules(root))}
 
     def run() -> fx.Graph:
-        with _watched_state(root, recorder):
+        blocks = listening_blocks(tracer.names, module_paths(root), tracer.running)
+        with _watched_state(root, recorder), blocks:
             return tracer.trace(root)
 
     try:
@@ -165,7 +176,7 @@ def _trace(tracer: _Tracer, recorder: _Recorder, inputs: Inputs) -> None:
 
 
 @contextmanager
-def _watched_state(root: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _watched_state(root: nn.Module, recorder: ObservingRecorder) -> Iterator[None]:
     """Flags attributes of modules that tracing leaves with another value, and puts the old ones back.
 
     fx runs assignments once, while it traces; the graph has no trace of them.
@@ -211,34 +222,35 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _name_sites(gm: fx.GraphModule, tracer: _Tracer) -> None:
-    names = SiteNames()
+    names = tracer.names
     scopes: dict[str, Scope] = {}
     for node in gm.graph.nodes:
         if has_info(node):
             continue
         key, owner = _scope(node)
         names.scopes = [scopes.setdefault(key, Scope(owner))]
-        op = classify(node.op, node.target, gm, node.args, node.kwargs)
+        op, place = classify(node.op, node.target, gm, node.args, node.kwargs), tracer.places.get(node)
         if node.op in ("output", "get_attr"):
             site = str(node.target)
         elif node in tracer.methods:
-            site = names.method_call(*tracer.methods[node])
+            site = names.method_call(*tracer.methods[node], place)
         elif node.op == "call_module":
-            site = names.module_call(str(node.target))
+            site = names.module_call(str(node.target), place)
         else:
             target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "function")
-            site = names.function_call(op.name if op is not OPAQUE else str(target).strip("_"))
-        set_info(node, NodeInfo(op, site, owner, _source(node)))
+            site = names.function_call(op.name if op is not OPAQUE else str(target).strip("_"), place)
+        set_info(node, NodeInfo(op, site, owner, source_of(node), repeated=names.repeats.get(site)))
 
 
-def _observe(gm: fx.GraphModule, recorder: _Recorder, inputs: Inputs) -> Recording:
+def observe_graph(gm: fx.GraphModule, recorder: ObservingRecorder, inputs: Inputs, notes: tuple[str, ...]) -> Recording:
+    """Runs a graph whose sites are named on `inputs`, and notes values, writes and flags."""
     recording = recorder.recording
     recording.graph = gm.graph
     owners: dict[int, fx.Node] = {}
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         record = recorder.running = info(node)
-        op = classify(node.op, node.target, gm, args, kwargs)
+        op = record.op if record.op is REBUILD else classify(node.op, node.target, gm, args, kwargs)
         try:
             value, written = recorder.observed(lambda: call_node(gm, node, args, kwargs), (args, kwargs))
         except (QGraphError, StateWrite):
@@ -263,7 +275,12 @@ def _observe(gm: fx.GraphModule, recorder: _Recorder, inputs: Inputs) -> Recordi
             owners[id(value)] = node
             recorder.place(value, node)
 
-    recording.output = recorder.watch(inputs, lambda: evaluate(gm, (), inputs, call=call, observe=observe))
+    def run() -> Any:
+        # What happens between the nodes is none of the graph's.
+        return recorder.observed(lambda: evaluate(gm, (), inputs, call=call, observe=observe), ())[0]
+
+    recording.output = recorder.watch(inputs, run)
+    recording.notes = notes
     recording.flags[:] = [flag for flag in recording.flags if flag.kind not in _WHOLE]
     return recording
 
@@ -279,7 +296,8 @@ def _scope(node: fx.Node) -> tuple[str, str]:
     return str(key), str(path)
 
 
-def _source(node: fx.Node) -> SourceLine | None:
+def source_of(node: fx.Node) -> SourceLine | None:
+    """The innermost user line of the stack trace that torch kept on a node."""
     found = None
     for match in _FRAME.finditer(node.stack_trace or ""):
         if is_user_file(match["file"]):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from qgraph.capture.options.flags import Unfaithful
 from qgraph.capture.values.structure import format_path, parts
-from qgraph.errors import CaptureError
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,13 +28,15 @@ def compare_replay(expected: Any, actual: Any, *, what: str, model: str, suspect
     found = first_difference(expected, actual)
     if found is None:
         return
-    raise CaptureError(
+    error = Unfaithful(
         f"the captured graph of {model} does not reproduce the model on {what}",
         where=found,
         why="something the graph cannot see depends on the inputs or changes between calls"
         + (f"; waived: {'; '.join(suspects)}" if suspects else ""),
         fix="make the forward depend on its tensor inputs only, or trace the parts separately",
     )
+    error.kinds = frozenset({"replay"})
+    raise error
 
 
 def first_difference(expected: Any, actual: Any, place: str = "output") -> str | None:

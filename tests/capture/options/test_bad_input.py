@@ -36,7 +36,7 @@ from tests.support.models import Forward
         ((network(), (None,)), ["hold no tensor"]),
         ((network(), ([],)), ["hold no tensor"]),
         ((network(), x(), "jitt"), ["unknown capture method 'jitt'", "did you mean 'jit'"]),
-        ((network(), x(), "export"), ["unknown capture method 'export'", "auto, jit, symbolic"]),
+        ((network(), x(), "onnx"), ["unknown capture method 'onnx'", "symbolic"]),
     ],
 )
 def test_wrong_arguments(arguments: tuple[Any, ...], words: list[str]) -> None:
